@@ -1,0 +1,54 @@
+"""`Codec`: one block type of GGUF as one frozen record - the C struct as data, bytes <-> numbers as pure functions.
+
+A codec knows nothing of files, names or devices: bytes are a uint8 tensor, numbers a float32 tensor, on whichever device
+they lie. Which engine decodes or encodes (libggml or these torch functions) is chosen in `quantkit.codecs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Field = tuple[str, torch.dtype, int]  # name as in ggml-common.h, element type, count
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One GGUF block type.
+
+    `fields` is the C struct in order (llama.cpp `ggml/src/ggml-common.h`). `decode(**fields)` maps tensors of shape
+    (n, count) to (n, block) float32. `encode(x, importance)` maps (n, block) float32 and weights of the same shape (or
+    None) to a dict of fields; None where only libggml can encode.
+    """
+
+    name: str
+    block: int
+    fields: tuple[Field, ...]
+    decode: Callable[..., Tensor]
+    encode: Callable[[Tensor, Tensor | None], dict[str, Tensor]] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one block."""
+        return sum(dtype.itemsize * count for _, dtype, count in self.fields)
+
+    def row_bytes(self, width: int) -> int:
+        """Bytes of a row of `width` weights; `width` must divide by the block."""
+        if width % self.block:
+            raise ValueError(f"a row of {width} does not divide into {self.name} blocks of {self.block}")
+        return width // self.block * self.nbytes
+
+    def split(self, raw: Tensor) -> dict[str, Tensor]:
+        """Bytes of n blocks -> the struct's fields, each (n, count) in its own dtype."""
+        sizes = [dtype.itemsize * count for _, dtype, count in self.fields]
+        parts = raw.reshape(-1, self.nbytes).split(sizes, dim=1)
+        return {
+            name: part.contiguous().view(dtype) for (name, dtype, _), part in zip(self.fields, parts, strict=True)
+        }
+
+    def join(self, fields: dict[str, Tensor]) -> Tensor:
+        """The inverse of `split`: fields -> (n, nbytes) uint8."""
+        return torch.cat([fields[name].to(dtype).view(torch.uint8) for name, dtype, _ in self.fields], dim=1)
