@@ -1,7 +1,7 @@
 """`Codec`: one block type of GGUF as one frozen record - the C struct as data, bytes <-> numbers as pure functions.
 
-A codec knows nothing of files, names or devices: bytes are a uint8 tensor, numbers a float32 tensor, on whichever device
-they lie. Which engine decodes or encodes (libggml or these torch functions) is chosen in `quantkit.codecs`.
+A codec knows nothing of files, names or devices: bytes are a uint8 tensor, numbers a float32 tensor, on whichever
+device they lie. Which engine decodes or encodes (libggml or these torch functions) is chosen in `quantkit.codecs`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Codec:
     """One GGUF block type.
 
     `fields` is the C struct in order (llama.cpp `ggml/src/ggml-common.h`). `decode(**fields)` maps tensors of shape
-    (n, count) to (n, block) float32. `encode(x, importance)` maps (n, block) float32 and weights of the same shape (or
-    None) to a dict of fields; None where only libggml can encode.
+    (n, count) to (n, block) float32. `encode(x, importance)` maps x (rows, width) float32 and importance (width,)
+    float32 or None to a dict of fields for the rows * width / block blocks in order; it is None where only libggml can.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Codec:
     fields: tuple[Field, ...]
     decode: Callable[..., Tensor]
     encode: Callable[[Tensor, Tensor | None], dict[str, Tensor]] | None = None
+    requires_importance: bool = False  # ggml refuses to encode it without
 
     @property
     def nbytes(self) -> int:
@@ -52,3 +53,13 @@ class Codec:
     def join(self, fields: dict[str, Tensor]) -> Tensor:
         """The inverse of `split`: fields -> (n, nbytes) uint8."""
         return torch.cat([fields[name].to(dtype).view(torch.uint8) for name, dtype, _ in self.fields], dim=1)
+
+    def byteswap(self, raw: Tensor) -> Tensor:
+        """Turn the multi-byte fields of n blocks around (big-endian file <-> little-endian file); its own inverse."""
+        blocks = raw.reshape(-1, self.nbytes)
+        sizes = [dtype.itemsize * count for _, dtype, count in self.fields]
+        parts = [
+            part.reshape(len(blocks), -1, dtype.itemsize).flip(2).flatten(1)
+            for (_, dtype, _), part in zip(self.fields, blocks.split(sizes, dim=1), strict=True)
+        ]
+        return torch.cat(parts, dim=1).reshape(raw.shape)

@@ -1,0 +1,114 @@
+"""Block codecs: the bytes of every GGUF tensor type to numbers and back, on any device.
+
+    CODECS                              every type by ggml's name for it
+    lookup(name)                        its record, or an error that names the known ones
+    decode(name, raw, shape)            bytes -> float32
+    encode(name, weight, importance)    float32 -> bytes
+
+On the CPU libggml does the work (bit for bit llama.cpp's); on another device the codec's own torch functions do, and
+where a codec has no torch encoder the tensor makes a detour over the CPU. Plain floats are a cast and stay in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from quantkit.codecs import ggml, kquants, legacy
+from quantkit.codecs.codec import Codec
+from quantkit.errors import BadInput, FormatError, Unsupported, UsageError
+
+__all__ = ["CODECS", "Codec", "decode", "encode", "lookup"]
+
+CODECS: Mapping[str, Codec] = MappingProxyType(
+    {codec.name: codec for family in (legacy, kquants) for codec in family.CODECS}
+)
+
+# The largest magnitude given to an encoder: beyond it no fp16 scale can hold a block (65504 * 63 * 31 < 1.3e8) and the
+# squares in ggml's searches overflow float32, which its assertions answer by aborting the process.
+LARGEST = 1.3e8
+
+# Weights a torch encoder or decoder works on at a time: its temporaries stay in a CPU's cache or at a few GB of a GPU.
+_AT_A_TIME = {"cpu": 1 << 20}
+_AT_A_TIME_ELSEWHERE = 1 << 26
+
+
+def lookup(name: str) -> Codec:
+    """The codec of a tensor type, by ggml's name in capitals ("Q4_K", "F16")."""
+    try:
+        return CODECS[name]
+    except KeyError:
+        raise Unsupported(f"no codec for tensor type {name}", hint=f"known are {', '.join(CODECS)}") from None
+
+
+def _pieces(count: int, weights_each: int, device: torch.device) -> list[slice]:
+    step = max(1, _AT_A_TIME.get(device.type, _AT_A_TIME_ELSEWHERE) // weights_each)
+    return [slice(first, min(count, first + step)) for first in range(0, count, step)]
+
+
+def decode(name: str, raw: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Bytes (uint8, any shape) -> float32 of `shape` (torch order: the last dimension is the row) on raw's device."""
+    codec = lookup(name)
+    if raw.dtype != torch.uint8:
+        raise TypeError(f"raw bytes are uint8, not {raw.dtype}")
+    width = shape[-1] if shape else 1
+    if width % codec.block:
+        raise FormatError(f"rows of {width} do not divide into {name} blocks of {codec.block}")
+    expected = prod(shape) // codec.block * codec.nbytes
+    if raw.numel() != expected:
+        raise FormatError(f"{raw.numel()} bytes where {name} of shape {tuple(shape)} takes {expected}")
+    if codec.block > 1 and raw.device.type == "cpu" and ggml.find():
+        return ggml.decode(codec, raw).view(shape)
+    blocks = raw.reshape(-1, codec.nbytes)
+    out = torch.empty(len(blocks), codec.block, device=raw.device)
+    for piece in _pieces(len(blocks), codec.block, raw.device):
+        out[piece] = codec.decode(**codec.split(blocks[piece]))
+    return out.view(shape)
+
+
+def encode(name: str, weight: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Weight (..., width) float32 -> (rows, row_bytes) uint8 on the same device; leading dimensions count as rows.
+
+    `importance` (width,) weighs the squared error of each column, as llama.cpp's importance matrix does.
+    """
+    codec = lookup(name)
+    weight = weight.reshape(-1, weight.shape[-1] if weight.dim() else 1).float()
+    _check(codec, weight, importance)
+    if importance is not None:
+        importance = importance.to(weight)
+    if weight.device.type == "cpu" and codec.block > 1:
+        raw = ggml.encode(codec, weight, importance)
+    elif codec.encode is None:
+        raw = ggml.encode(codec, weight.cpu(), None if importance is None else importance.cpu()).to(weight.device)
+    else:
+        pieces = _pieces(*weight.shape, weight.device)
+        raw = torch.cat([codec.join(codec.encode(weight[piece], importance)) for piece in pieces])
+    return raw.view(len(weight), -1)
+
+
+def _check(codec: Codec, weight: Tensor, importance: Tensor | None) -> None:
+    """Refuse what would give garbage bytes or trip an assertion (an abort) in libggml."""
+    rows, width = weight.shape
+    if not weight.numel() or width % codec.block:
+        raise BadInput(
+            f"{rows} rows of {width} weights do not divide into {codec.name} blocks of {codec.block}",
+            hint="choose a type with smaller blocks (Q8_0 has 32, F16 has 1) for this tensor",
+        )
+    low, high = (bound.item() for bound in weight.aminmax())
+    if not (-float("inf") < low and high < float("inf")):
+        raise BadInput(f"cannot encode as {codec.name}: a weight is not finite", hint="the source tensor is damaged")
+    if codec.block > 1 and max(-low, high) > LARGEST:
+        largest = f"{max(-low, high):g}"
+        raise BadInput(f"cannot encode as {codec.name}: a weight of {largest} is out of range", hint="choose F32 or BF16")
+    if importance is None:
+        if codec.requires_importance:
+            raise UsageError(f"{codec.name} cannot be encoded without an importance matrix", hint="pass an imatrix")
+        return
+    if importance.shape != (width,):
+        raise BadInput(f"the importance matrix has shape {tuple(importance.shape)} where the rows have {width} columns")
+    if not (importance.isfinite().all() and (importance >= 0).all()):
+        raise BadInput("the importance matrix holds a value that is negative or not finite")

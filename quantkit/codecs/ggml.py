@@ -1,0 +1,152 @@
+"""ggml's own encoders and decoders by ctypes: the CPU engine, so that our bytes are llama.cpp's bytes.
+
+The shared object comes with the `libggml-python` wheel; the environment variable QUANTKIT_LIBGGML names another one
+(the file, or a folder that holds it), for instance llama-cpp-python's. Two entry points carry all the work:
+
+    ggml_get_type_traits(type)->to_float(src, dst, n)
+    ggml_quantize_chunk(type, src, dst, start, nrows, n_per_row, imatrix)
+
+Both are pure functions of rows of blocks and ctypes drops the interpreter's lock around them, so rows are shared out to
+threads and the bytes are those of one single call. ggml aborts the process where an argument is wrong; whatever could
+trip it is checked in `quantkit.codecs` before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gguf
+import torch
+from torch import Tensor
+
+from quantkit.codecs.codec import Codec
+from quantkit.errors import BadInput
+
+ENVIRONMENT = "QUANTKIT_LIBGGML"
+_PATTERNS = ("libggml-base.so*", "libggml-base*.dylib", "ggml-base*.dll")
+_FOLDERS = (".", "lib64", "lib", "bin")  # where the wheel keeps it on Linux, macOS and Windows
+_PIECE = 1 << 20  # weights a thread takes at a time: some milliseconds of work, and the pieces even out the finish
+_init_lock = threading.Lock()
+
+_ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+
+class _TypeTraits(ctypes.Structure):
+    """`struct ggml_type_traits` of ggml.h, up to the last member read here."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", _ToFloat),
+    )
+
+
+def _search(folder: Path) -> Path | None:
+    found = (path for sub in _FOLDERS for pattern in _PATTERNS for path in sorted((folder / sub).glob(pattern)))
+    return next(found, None)
+
+
+def find() -> Path | None:
+    """The shared object to load: the one QUANTKIT_LIBGGML names, else the wheel's, else None."""
+    chosen = os.environ.get(ENVIRONMENT)
+    if chosen:
+        path = Path(chosen)
+        return _search(path) or path if path.is_dir() else path
+    spec = importlib.util.find_spec("libggml")
+    homes = spec.submodule_search_locations if spec else None
+    return next((path for home in homes or () if (path := _search(Path(home)))), None)
+
+
+@functools.cache
+def _load(path: Path) -> ctypes.CDLL:
+    hint = f"reinstall libggml-python, or point {ENVIRONMENT} at a libggml-base of ggml 0.9 or newer"
+    try:
+        library = ctypes.CDLL(str(path))
+        library.ggml_version.restype = ctypes.c_char_p  # since 0.9, which knows every type up to MXFP4
+        library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+        library.ggml_get_type_traits.argtypes = [ctypes.c_int]
+        library.ggml_quantize_init.restype = None
+        library.ggml_quantize_init.argtypes = [ctypes.c_int]
+        library.ggml_quantize_chunk.restype = ctypes.c_size_t
+        library.ggml_quantize_chunk.argtypes = (
+            [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + [ctypes.c_int64] * 3 + [ctypes.c_void_p]
+        )
+    except (OSError, AttributeError) as error:
+        raise BadInput(f"cannot use libggml ({error})", where=path, hint=hint) from error
+    return library
+
+
+def _library() -> ctypes.CDLL:
+    path = find()
+    if path is None:
+        raise BadInput("libggml is not installed", hint=f"pip install libggml-python, or set {ENVIRONMENT}")
+    return _load(path)
+
+
+def version() -> str:
+    """The version of the loaded ggml, such as "0.20.2"."""
+    return _library().ggml_version().decode()
+
+
+def _traits(codec: Codec) -> tuple[int, _TypeTraits]:
+    """The type's number and traits, once they are known to be those of our struct."""
+    number = gguf.GGMLQuantizationType[codec.name].value
+    traits = _library().ggml_get_type_traits(number).contents
+    theirs = (traits.type_name.decode().upper(), traits.blck_size, traits.type_size)
+    if theirs != (codec.name, codec.block, codec.nbytes):
+        raise BadInput(f"libggml has {theirs} where {codec.name} belongs", where=find(), hint="use another libggml")
+    return number, traits
+
+
+def _share_out(work: Callable[[int, int], None], count: int, weights_each: int) -> None:
+    """Call work(first, last) over 0 .. count in pieces, on as many threads as torch uses."""
+    step = max(1, _PIECE // weights_each)
+    firsts = range(0, count, step)
+    threads = min(torch.get_num_threads(), len(firsts))
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        for _ in pool.map(lambda first: work(first, min(count, first + step)), firsts):
+            pass
+
+
+def decode(codec: Codec, raw: Tensor) -> Tensor:
+    """Bytes of n blocks (uint8, CPU) -> (n, block) float32."""
+    raw = raw.contiguous()
+    blocks = raw.numel() // codec.nbytes
+    out = torch.empty(blocks, codec.block)
+    to_float = _traits(codec)[1].to_float
+
+    def work(first: int, last: int) -> None:
+        src, dst = raw.data_ptr() + first * codec.nbytes, out.data_ptr() + first * codec.block * out.itemsize
+        to_float(src, dst, (last - first) * codec.block)
+
+    _share_out(work, blocks, codec.block)
+    return out
+
+
+def encode(codec: Codec, weight: Tensor, importance: Tensor | None) -> Tensor:
+    """Weight (rows, width) and importance (width,), both finite float32 on the CPU -> (rows, row_bytes) uint8."""
+    rows, width = weight.shape
+    weight = weight.contiguous()
+    importance = None if importance is None else importance.contiguous()
+    out = torch.empty(rows, codec.row_bytes(width), dtype=torch.uint8)
+    number, library = _traits(codec)[0], _library()
+    with _init_lock:  # the IQ types build their codebooks here, before any thread reads them
+        library.ggml_quantize_init(number)
+    src, dst = weight.data_ptr(), out.data_ptr()
+    imatrix = None if importance is None else importance.data_ptr()
+
+    def work(first: int, last: int) -> None:
+        library.ggml_quantize_chunk(number, src, dst, first * width, last - first, width, imatrix)
+
+    _share_out(work, rows, width)
+    return out
