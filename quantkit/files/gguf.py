@@ -1,0 +1,181 @@
+"""Opens a GGUF - one file or a split set - as one frozen record: metadata, tensor table, and bytes on demand.
+
+Nothing of the weights is read here. `GGUF.raw` maps one tensor at a time, and the mapping goes when the tensor does, so
+memory is bounded by the tensors in use, never by the model. No file is held open: a file that changed since it was read
+is noticed and refused. Only metadata types, keys and block sizes come from gguf-py.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf.constants import Keys
+from torch import Tensor
+
+from quantkit import codecs
+from quantkit.errors import BadInput, FormatError
+from quantkit.files.gguf_header import Header, TensorInfo, parse_header
+from quantkit.files.gguf_values import AGAIN, Value
+
+__all__ = ["GGUF", "TensorInfo", "Value", "read_gguf"]
+
+SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf", re.ASCII)  # llama_split_path
+SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = (
+    Keys.Split.LLM_KV_SPLIT_NO,
+    Keys.Split.LLM_KV_SPLIT_COUNT,
+    Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT,
+)
+
+Stamp = tuple[int, int, int]  # inode, size in bytes, time of the last change in ns
+
+
+@dataclass(frozen=True)
+class GGUF:
+    """One model: `paths` are its shards in order, `tensors` are in file order, `metadata` is the first shard's.
+
+    The split.* keys describe the files, not the model, and are left out of `metadata`.
+    """
+
+    paths: tuple[Path, ...]
+    version: int
+    byteorder: str
+    alignment: int
+    metadata: dict[str, Value]
+    tensors: dict[str, TensorInfo]
+    stamps: tuple[Stamp, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all the files together."""
+        return sum(size for _, size, _ in self.stamps)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The plain data of a metadata key, or `default`."""
+        value = self.metadata.get(key)
+        return default if value is None else value.data
+
+    def raw(self, name: str) -> Tensor:
+        """The stored bytes of a tensor, (nbytes,) uint8, as a little-endian file has them.
+
+        A little-endian file is mapped, not copied; writing into the result changes neither the file nor other results.
+        Raises KeyError for an unknown name, BadInput where the file changed since it was read.
+        """
+        info = self.tensors[name]
+        path = self.paths[info.shard]
+        start = info.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        skip = info.offset - start
+        with open(path, "rb") as file:
+            if _stamp(os.fstat(file.fileno())) != self.stamps[info.shard]:
+                raise BadInput("the file changed since it was opened", where=path, hint="run the command again")
+            view = mmap.mmap(file.fileno(), skip + info.nbytes, access=mmap.ACCESS_COPY, offset=start)
+        raw = torch.frombuffer(view, dtype=torch.uint8, count=info.nbytes, offset=skip)
+        return raw if self.byteorder == "little" else codecs.lookup(info.type).byteswap(raw)
+
+
+def read_gguf(path: str | os.PathLike[str]) -> GGUF:
+    """Open a GGUF file, or a split set by the name of any of its shards.
+
+    Raises BadInput for a path that cannot be opened, FormatError (with the byte offset) for a file that breaks a rule.
+    """
+    path = Path(path)
+    header, stamp = _read_header(path, 0)
+    count = _split(header, SPLIT_COUNT, path, default=1)
+    if count <= 1:
+        return _assemble([path], [header], [stamp])
+    paths = _siblings(path, count)
+    parts = [_read_header(sibling, shard) for shard, sibling in enumerate(paths)]
+    headers = [header for header, _ in parts]
+    _check_split(paths, headers)
+    return _assemble(paths, headers, [stamp for _, stamp in parts])
+
+
+def _read_header(path: Path, shard: int) -> tuple[Header, Stamp]:
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise BadInput("not a regular file", where=path, hint="give a .gguf file")
+            if status.st_size == 0:
+                raise FormatError("the file is empty", where=path, offset=0, hint="download it again")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+                return parse_header(view, path, shard), _stamp(status)
+    except FileNotFoundError:
+        raise BadInput("no such file", where=path, hint="check the path") from None
+    except IsADirectoryError:
+        raise BadInput("a folder, not a file", where=path, hint="give the .gguf file inside it") from None
+    except OSError as e:
+        raise BadInput(f"cannot be opened: {e.strerror or e}", where=path, hint="check its permissions") from None
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _split(header: Header, key: str, path: Path, default: int | None = None) -> int:
+    value = header.metadata.get(key)
+    if value is None and default is not None:
+        return default
+    if value is None or not isinstance(value.data, int):
+        raise FormatError(f"{key} is {'missing' if value is None else 'not an integer'}", where=path, hint=AGAIN)
+    return value.data
+
+
+def _siblings(path: Path, count: int) -> list[Path]:
+    """The paths of all `count` shards, by the name of one."""
+    match = SHARD_NAME.fullmatch(path.name)
+    if not match or int(match["count"]) != count or not 1 <= int(match["no"]) <= count:
+        name = f"{path.stem}-00001-of-{count:05d}.gguf"
+        hint = f"give all shards the names llama.cpp gave them, such as {name}"
+        raise FormatError(
+            f"the file is one of a split set of {count:,}, but its name does not say so", where=path, hint=hint
+        )
+    paths = [path.with_name(f"{match['stem']}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
+    missing = [shard.name for shard in paths if not shard.exists()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise FormatError(
+            f"shard {missing[0]}{more} of the split set is missing", where=path, hint="download it beside this one"
+        )
+    return paths
+
+
+def _check_split(paths: list[Path], headers: list[Header]) -> None:
+    """Every shard must agree on how many they are and which it is; together they hold each tensor once."""
+    seen: set[str] = set()
+    total = sum(len(header.tensors) for header in headers)
+    for shard, (path, header) in enumerate(zip(paths, headers, strict=True)):
+        expected = {SPLIT_NO: shard, SPLIT_COUNT: len(paths), SPLIT_TENSORS: total}
+        for key, right in expected.items():
+            if (stored := _split(header, key, path)) != right:
+                raise FormatError(
+                    f"{key} is {stored}, but the split set makes it {right}", where=path, hint="download the set again"
+                )
+        if header.order != headers[0].order:
+            raise FormatError(
+                "the byte order differs from the first shard's", where=path, hint="download the set again"
+            )
+        if twice := sorted(seen & header.tensors.keys()):
+            raise FormatError(
+                f"tensor {twice[0]} is in an earlier shard too", where=path, hint="download the set again"
+            )
+        seen |= header.tensors.keys()
+
+
+def _assemble(paths: list[Path], headers: list[Header], stamps: list[Stamp]) -> GGUF:
+    first = headers[0]
+    return GGUF(
+        paths=tuple(paths),
+        version=first.version,
+        byteorder="little" if first.order == "<" else "big",
+        alignment=first.alignment,
+        metadata={k: v for k, v in first.metadata.items() if k not in (SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS)},
+        tensors={name: info for header in headers for name, info in header.tensors.items()},
+        stamps=tuple(stamps),
+    )
