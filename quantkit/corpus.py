@@ -1,8 +1,8 @@
 """Text to calibrate on and to score on: where it comes from, how it becomes rows of token ids, what must not overlap.
 
 A `Text` is a frozen record of documents with the hash of the bytes they were read from, so that a report can say what a
-model was calibrated on and scored on. A document is a string, or a dialogue, to be rendered through the chat template of
-the model at hand. Text that a model writes for itself is decoded elsewhere and arrives here as a `Text`.
+model was calibrated on and scored on. A document is a string, or a dialogue, rendered through the chat template of the
+model at hand. Text that a model writes for itself is decoded elsewhere and arrives here as a `Text`.
 
 Left out: streaming. A calibration text is a few megabytes, and sampling evenly needs the whole of it.
 """
