@@ -118,7 +118,7 @@ class Cursor:
                 if pos > end:
                     self.pos = start
                     self.take(length, what)
-                out.append(str(buffer[start:pos], "utf-8"))
+                out.append(buffer[start:pos].decode())
         except struct.error:
             self.pos = pos
             self.take(width, what)

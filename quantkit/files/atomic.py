@@ -1,0 +1,130 @@
+"""Outputs that appear whole or not at all: work goes to a hidden sibling, which takes the final name when complete.
+
+The sibling lies in the same folder, so the last step is a rename within one filesystem. Whatever ends the work - an
+error, a full disk, Ctrl-C - removes it; a kill that runs no code leaves it, hidden, and never under the final name.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from quantkit.errors import Resumable, UsageError
+
+# What the system says when there is no more room: on the disk, in the user's quota, under the file-size limit.
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def staged(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+    """Give a path beside `path` to write a file or a folder at; on success it is synced and becomes `path`.
+
+    An existing file is replaced in one step. An existing folder only with `replace=True`, and the old one is kept until
+    the new one is complete. Raises UsageError where `path` is taken or its parent is missing, Resumable where the disk
+    is full; any other exception passes through. In every such case the partial output is gone.
+    """
+    path = Path(os.path.abspath(path))
+    if not path.parent.is_dir():
+        raise UsageError("there is no such folder to write in", where=path.parent, hint="make it first")
+    _refuse_folder(path, replace)
+    partial = _hidden(path, "partial")
+    try:
+        with disk_errors(path):
+            yield partial
+            _sync(partial)
+            if partial.is_dir():
+                _refuse_folder(path, replace)
+                _swap(partial, path)
+            else:
+                os.replace(partial, path)
+            _sync_one(path.parent)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+@contextmanager
+def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn the system's "no more room" into Resumable, with the bytes that are free where `path` is to be."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in NO_ROOM:
+            raise
+        raise Resumable(
+            f"no more room to write ({os.strerror(e.errno)}; {free_bytes(path):,} bytes are free)",
+            where=path,
+            hint="free some space and run the same command again",
+        ) from e
+
+
+def require_space(path: str | os.PathLike[str], nbytes: int) -> None:
+    """Raise Resumable where the filesystem that is to hold `path` has fewer than `nbytes` bytes free."""
+    free = free_bytes(path)
+    if free < nbytes:
+        what = f"{nbytes:,} bytes are needed and {free:,} are free"
+        raise Resumable(what, where=path, hint=f"free {nbytes - free:,} bytes and run the same command again")
+
+
+def free_bytes(path: str | os.PathLike[str]) -> int:
+    """Bytes this user may still write on the filesystem of `path`, which need not exist yet."""
+    path = Path(os.path.abspath(path))
+    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
+
+
+def _refuse_folder(path: Path, replace: bool) -> None:
+    if path.is_dir() and not replace:
+        raise UsageError("the folder exists already", where=path, hint="choose another name, or ask to replace it")
+
+
+def _hidden(path: Path, why: str) -> Path:
+    """A name that no other run takes: process ids repeat across containers that share a disk, so a token is added."""
+    return path.with_name(f".{path.name}.{why}-{os.getpid()}-{secrets.token_hex(3)}")
+
+
+def _swap(partial: Path, path: Path) -> None:
+    """Give a complete folder its final name; what stood there comes back if that fails."""
+    if not os.path.lexists(path):
+        os.rename(partial, path)
+        return
+    old = _hidden(path, "old")
+    os.rename(path, old)
+    try:
+        os.rename(partial, path)
+    except BaseException:
+        os.rename(old, path)
+        raise
+    _remove(old)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or a folder and all that is in it, to the disk."""
+    if path.is_dir():
+        for folder, _, files in os.walk(path):
+            for name in files:
+                _sync_one(os.path.join(folder, name))
+            _sync_one(folder)
+    else:
+        _sync_one(path)
+
+
+def _sync_one(path: str | os.PathLike[str]) -> None:
+    if os.name == "nt" and os.path.isdir(path):
+        return  # Windows has no handle to sync for a folder
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
