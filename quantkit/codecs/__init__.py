@@ -18,15 +18,15 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from quantkit.codecs import ggml, kquants, legacy
+from quantkit.codecs import ggml, iquants, kquants, legacy, microscaling, ternary
 from quantkit.codecs.codec import Codec
 from quantkit.errors import BadInput, FormatError, Unsupported, UsageError
 
 __all__ = ["CODECS", "Codec", "decode", "encode", "lookup"]
 
-CODECS: Mapping[str, Codec] = MappingProxyType(
-    {codec.name: codec for family in (legacy, kquants) for codec in family.CODECS}
-)
+_FAMILIES = (legacy, kquants, iquants, ternary, microscaling)
+
+CODECS: Mapping[str, Codec] = MappingProxyType({codec.name: codec for family in _FAMILIES for codec in family.CODECS})
 
 # The largest magnitude given to an encoder: beyond it no fp16 scale can hold a block (65504 * 63 * 31 < 1.3e8) and the
 # squares in ggml's searches overflow float32, which its assertions answer by aborting the process.
@@ -102,8 +102,8 @@ def _check(codec: Codec, weight: Tensor, importance: Tensor | None) -> None:
     if not (-float("inf") < low and high < float("inf")):
         raise BadInput(f"cannot encode as {codec.name}: a weight is not finite", hint="the source tensor is damaged")
     if codec.block > 1 and max(-low, high) > LARGEST:
-        largest = f"{max(-low, high):g}"
-        raise BadInput(f"cannot encode as {codec.name}: a weight of {largest} is out of range", hint="choose F32 or BF16")
+        what = f"cannot encode as {codec.name}: a weight of {max(-low, high):g} is out of range"
+        raise BadInput(what, hint="choose F32 or BF16")
     if importance is None:
         if codec.requires_importance:
             raise UsageError(f"{codec.name} cannot be encoded without an importance matrix", hint="pass an imatrix")

@@ -46,9 +46,9 @@ class Codec:
         """Bytes of n blocks -> the struct's fields, each (n, count) in its own dtype."""
         sizes = [dtype.itemsize * count for _, dtype, count in self.fields]
         parts = raw.reshape(-1, self.nbytes).split(sizes, dim=1)
-        return {
-            name: part.contiguous().view(dtype) for (name, dtype, _), part in zip(self.fields, parts, strict=True)
-        }
+        # A copy even where a part is contiguous as it lies: to be viewed as its dtype it must start on a whole element.
+        copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+        return {name: copy.view(dtype) for (name, dtype, _), copy in zip(self.fields, copies, strict=True)}
 
     def join(self, fields: dict[str, Tensor]) -> Tensor:
         """The inverse of `split`: fields -> (n, nbytes) uint8."""
