@@ -11,7 +11,7 @@ import mmap
 import os
 import re
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,9 @@ from quantkit.files.gguf_values import AGAIN, Value
 __all__ = ["GGUF", "TensorInfo", "Value", "read_gguf"]
 
 SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf", re.ASCII)  # llama_split_path
-SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = (
-    Keys.Split.LLM_KV_SPLIT_NO,
-    Keys.Split.LLM_KV_SPLIT_COUNT,
-    Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT,
-)
+SPLIT_KEYS = (Keys.Split.LLM_KV_SPLIT_NO, Keys.Split.LLM_KV_SPLIT_COUNT, Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT)
+SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = SPLIT_KEYS
+SET_AGAIN = "the set is mixed up or damaged: download all of it again"
 
 Stamp = tuple[int, int, int]  # inode, size in bytes, time of the last change in ns
 
@@ -85,27 +83,26 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUF:
     Raises BadInput for a path that cannot be opened, FormatError (with the byte offset) for a file that breaks a rule.
     """
     path = Path(path)
-    header, stamp = _read_header(path, 0)
-    count = _split(header, SPLIT_COUNT, path, default=1)
+    opened = _open_header(path)
+    count = _split(opened[0], SPLIT_COUNT, path) if SPLIT_COUNT in opened[0].metadata else 1
     if count <= 1:
-        return _assemble([path], [header], [stamp])
+        return _assemble([path], [opened])
     paths = _siblings(path, count)
-    parts = [_read_header(sibling, shard) for shard, sibling in enumerate(paths)]
-    headers = [header for header, _ in parts]
-    _check_split(paths, headers)
-    return _assemble(paths, headers, [stamp for _, stamp in parts])
+    shards = [opened if sibling == path else _open_header(sibling) for sibling in paths]
+    _check_split(paths, [header for header, _ in shards])
+    return _assemble(paths, shards)
 
 
-def _read_header(path: Path, shard: int) -> tuple[Header, Stamp]:
+def _open_header(path: Path) -> tuple[Header, Stamp]:
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise BadInput("not a regular file", where=path, hint="give a .gguf file")
             if status.st_size == 0:
-                raise FormatError("the file is empty", where=path, offset=0, hint="download it again")
+                raise FormatError("the file is empty", where=path, offset=0, hint=AGAIN)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-                return parse_header(view, path, shard), _stamp(status)
+                return parse_header(view, path), _stamp(status)
     except FileNotFoundError:
         raise BadInput("no such file", where=path, hint="check the path") from None
     except IsADirectoryError:
@@ -118,12 +115,10 @@ def _stamp(status: os.stat_result) -> Stamp:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _split(header: Header, key: str, path: Path, default: int | None = None) -> int:
+def _split(header: Header, key: str, path: Path) -> int:
     value = header.metadata.get(key)
-    if value is None and default is not None:
-        return default
-    if value is None or not isinstance(value.data, int):
-        raise FormatError(f"{key} is {'missing' if value is None else 'not an integer'}", where=path, hint=AGAIN)
+    if value is None or type(value.data) is not int:  # a bool is an int by inheritance only
+        raise FormatError(f"{key} is {'missing' if value is None else 'not an integer'}", where=path, hint=SET_AGAIN)
     return value.data
 
 
@@ -131,18 +126,16 @@ def _siblings(path: Path, count: int) -> list[Path]:
     """The paths of all `count` shards, by the name of one."""
     match = SHARD_NAME.fullmatch(path.name)
     if not match or int(match["count"]) != count or not 1 <= int(match["no"]) <= count:
-        name = f"{path.stem}-00001-of-{count:05d}.gguf"
-        hint = f"give all shards the names llama.cpp gave them, such as {name}"
         raise FormatError(
-            f"the file is one of a split set of {count:,}, but its name does not say so", where=path, hint=hint
+            f"this is one of {count:,} shards, but its name does not say so",
+            where=path,
+            hint=f"name the shards as llama.cpp does, the first {path.stem}-00001-of-{count:05d}.gguf",
         )
     paths = [path.with_name(f"{match['stem']}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
     missing = [shard.name for shard in paths if not shard.exists()]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise FormatError(
-            f"shard {missing[0]}{more} of the split set is missing", where=path, hint="download it beside this one"
-        )
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise FormatError(f"shard {missing[0]}{more} is missing", where=path, hint="download it to the same folder")
     return paths
 
 
@@ -151,31 +144,25 @@ def _check_split(paths: list[Path], headers: list[Header]) -> None:
     seen: set[str] = set()
     total = sum(len(header.tensors) for header in headers)
     for shard, (path, header) in enumerate(zip(paths, headers, strict=True)):
-        expected = {SPLIT_NO: shard, SPLIT_COUNT: len(paths), SPLIT_TENSORS: total}
-        for key, right in expected.items():
+        for key, right in ((SPLIT_NO, shard), (SPLIT_COUNT, len(paths)), (SPLIT_TENSORS, total)):
             if (stored := _split(header, key, path)) != right:
-                raise FormatError(
-                    f"{key} is {stored}, but the split set makes it {right}", where=path, hint="download the set again"
-                )
+                raise FormatError(f"{key} is {stored:,}, but the set makes it {right:,}", where=path, hint=SET_AGAIN)
         if header.order != headers[0].order:
-            raise FormatError(
-                "the byte order differs from the first shard's", where=path, hint="download the set again"
-            )
+            raise FormatError("its byte order is not the first shard's", where=path, hint=SET_AGAIN)
         if twice := sorted(seen & header.tensors.keys()):
-            raise FormatError(
-                f"tensor {twice[0]} is in an earlier shard too", where=path, hint="download the set again"
-            )
+            raise FormatError(f"tensor {twice[0]} is in an earlier shard too", where=path, hint=SET_AGAIN)
         seen |= header.tensors.keys()
 
 
-def _assemble(paths: list[Path], headers: list[Header], stamps: list[Stamp]) -> GGUF:
-    first = headers[0]
+def _assemble(paths: list[Path], shards: list[tuple[Header, Stamp]]) -> GGUF:
+    first, _ = shards[0]
+    tensors = [replace(info, shard=i) for i, (header, _) in enumerate(shards) for info in header.tensors.values()]
     return GGUF(
         paths=tuple(paths),
         version=first.version,
         byteorder="little" if first.order == "<" else "big",
         alignment=first.alignment,
-        metadata={k: v for k, v in first.metadata.items() if k not in (SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS)},
-        tensors={name: info for header in headers for name, info in header.tensors.items()},
-        stamps=tuple(stamps),
+        metadata={key: value for key, value in first.metadata.items() if key not in SPLIT_KEYS},
+        tensors={info.name: info for info in tensors},
+        stamps=tuple(stamp for _, stamp in shards),
     )

@@ -43,14 +43,14 @@ STRANGERS = (
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A row of the tensor table: `shape` is torch's (rows first, GGUF's dims reversed), `offset` is absolute."""
+    """A row of the tensor table: `shape` as torch has it (rows first, GGUF's dims reversed), `offset` within its shard."""
 
     name: str
     shape: tuple[int, ...]
     type: str
     nbytes: int
     offset: int
-    shard: int
+    shard: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,18 +64,20 @@ class Header:
     tensors: dict[str, TensorInfo]
 
 
-def parse_header(buffer: mmap | bytes, path: str | os.PathLike[str], shard: int = 0) -> Header:
+def parse_header(buffer: mmap | bytes, path: str | os.PathLike[str]) -> Header:
     """The header of the whole file mapped in `buffer`. Raises FormatError at the first rule broken."""
     version, order = _version(bytes(buffer[:32]), path)
     cursor = Cursor(buffer, path, order=order, wide=version > 1)
     cursor.pos = 8
     width = 8 if version > 1 else 4
-    n_tensors = cursor.count("the tensor count", MAX_TENSORS, 3 * width + 9)  # name, dims (u32 and one), type, offset
-    n_keys = cursor.count("the key count", MAX_KEYS, width + 6)  # name, type, a byte
+    # The least a tensor takes: a name of one byte, a count of dims, one dim, a type, an offset.
+    n_tensors = cursor.count("the tensor count", MAX_TENSORS, width + 1 + 4 + width + 4 + 8)
+    # The least a key takes: a name of one byte, a type, a value of one byte.
+    n_keys = cursor.count("the key count", MAX_KEYS, width + 1 + 4 + 1)
     metadata = _metadata(cursor, n_keys)
-    alignment = _alignment(cursor, metadata)
+    alignment = metadata[Keys.General.ALIGNMENT].data if Keys.General.ALIGNMENT in metadata else GGUF_DEFAULT_ALIGNMENT
     rows = list(_table(cursor, n_tensors))
-    tensors = _place(rows, -(-cursor.pos // alignment) * alignment, alignment, len(buffer), path, shard)
+    tensors = _place(rows, -(-cursor.pos // alignment) * alignment, alignment, cursor)
     return Header(version, order, alignment, metadata, tensors)
 
 
@@ -101,20 +103,21 @@ def _metadata(cursor: Cursor, count: int) -> dict[str, Value]:
     for i in range(count):
         at, key = cursor.pos, cursor.string(f"the name of key {i}")
         if len(key) > MAX_KEY_BYTES or not KEY_NAME.fullmatch(key):
-            raise cursor.error(f"the name of key {i}, {key[:64]!r}, is not plain ASCII of 1 to 65,535 bytes", at, AGAIN)
+            raise cursor.error(f"the name of key {i}, {key[:64]!r}, is not plain ASCII of 1 to 65,535 bytes", at)
         if key in metadata:
-            raise cursor.error(f"key {key} is there twice", at)
-        metadata[key] = cursor.value(f"key {key}")
+            raise cursor.error(f"key {key[:80]} is there twice", at)
+        metadata[key] = value = cursor.value(f"key {key[:80]}")
+        if key == Keys.General.ALIGNMENT:
+            _check_alignment(cursor, value, at)
     return metadata
 
 
-def _alignment(cursor: Cursor, metadata: dict[str, Value]) -> int:
-    value = metadata.get(Keys.General.ALIGNMENT, Value(GGUFValueType.UINT32, None, GGUF_DEFAULT_ALIGNMENT))
+def _check_alignment(cursor: Cursor, value: Value, at: int) -> None:
     if value.type is not GGUFValueType.UINT32:
-        raise cursor.error(f"{Keys.General.ALIGNMENT} is of type {value.type.name}, not UINT32")
+        raise cursor.error(f"{Keys.General.ALIGNMENT} is of type {value.type.name}, not UINT32", at)
     if not 0 < value.data <= MAX_ALIGNMENT or value.data & (value.data - 1):
-        raise cursor.error(f"{Keys.General.ALIGNMENT} is {value.data:,}, not a power of two up to {MAX_ALIGNMENT:,}")
-    return value.data
+        what = f"{Keys.General.ALIGNMENT} is {value.data:,}, not a power of two up to {MAX_ALIGNMENT:,}"
+        raise cursor.error(what, at)
 
 
 @dataclass(frozen=True)
@@ -134,13 +137,13 @@ def _table(cursor: Cursor, count: int) -> Iterator[_Row]:
         at, name = cursor.pos, cursor.string(f"the name of tensor {i}")
         if len(name) > MAX_NAME_BYTES or not TENSOR_NAME.fullmatch(name):
             what = f"the name of tensor {i}, {name[:64]!r}, is not 1 to {MAX_NAME_BYTES} of A-Z a-z 0-9 _ . -"
-            raise cursor.error(what, at)
+            raise cursor.error(what, at, "ask its publisher for a file with plain names")
         n_dims = cursor.uint("I", f"the dims of tensor {name}")
         if not 1 <= n_dims <= MAX_DIMS:
-            raise cursor.error(f"tensor {name} has {n_dims:,} dims, not 1 to {MAX_DIMS}", at, AGAIN)
+            raise cursor.error(f"tensor {name} has {n_dims:,} dims, not 1 to {MAX_DIMS}", at)
         dims = [cursor.uint(cursor.length_code, f"the dims of tensor {name}") for _ in range(n_dims)]
         if not all(1 <= dim <= MAX_DIM for dim in dims):
-            raise cursor.error(f"tensor {name} has the shape {dims[::-1]}, and a dim must be 1 to 2^32", at, AGAIN)
+            raise cursor.error(f"tensor {name} has the shape {dims[::-1]}, and a dim must be 1 to 2^32", at)
         number = cursor.uint("I", f"the type of tensor {name}")
         try:
             kind = GGMLQuantizationType(number)
@@ -157,25 +160,22 @@ def _table(cursor: Cursor, count: int) -> Iterator[_Row]:
         yield _Row(name, tuple(reversed(dims)), kind, nbytes, offset, at)
 
 
-def _place(
-    rows: list[_Row], start: int, alignment: int, size: int, path: str | os.PathLike[str], shard: int
-) -> dict[str, TensorInfo]:
-    """The rows laid end to end from byte `start`, padded to `alignment`: no overlap, no hole, all inside `size`."""
+def _place(rows: list[_Row], start: int, alignment: int, cursor: Cursor) -> dict[str, TensorInfo]:
+    """The rows laid end to end from byte `start`, padded to `alignment`: no overlap, no hole, all inside the file."""
     tensors: dict[str, TensorInfo] = {}
-    expected = 0
+    expected, size = 0, len(cursor.buffer)
     for row in rows:
         if row.name in tensors:
-            raise FormatError(f"tensor {row.name} is there twice", where=path, offset=row.at)
+            raise cursor.error(f"tensor {row.name} is there twice", row.at)
         if row.offset != expected:
             what = (
                 f"tensor {row.name} starts at {row.offset:,} of the data, not where the one before ends, {expected:,}"
             )
-            raise FormatError(what, where=path, offset=row.at, hint=AGAIN)
+            raise cursor.error(what, row.at)
         end = start + row.offset + row.nbytes
         if end > size:
             what = f"the data of tensor {row.name} ends at byte {end:,}, but the file has {size:,}"
-            raise FormatError(what, where=path, offset=row.at, hint=AGAIN)
-        info = TensorInfo(row.name, row.shape, row.type.name, row.nbytes, start + row.offset, shard)
-        tensors[row.name] = info
+            raise cursor.error(what, row.at)
+        tensors[row.name] = TensorInfo(row.name, row.shape, row.type.name, row.nbytes, start + row.offset)
         expected = -(-(row.offset + row.nbytes) // alignment) * alignment
     return tensors

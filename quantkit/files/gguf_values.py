@@ -70,7 +70,7 @@ class Cursor:
         self.length_code = "Q" if wide else "I"
         self.end = min(len(buffer), MAX_HEADER)
 
-    def error(self, what: str, at: int | None = None, hint: str | None = None) -> FormatError:
+    def error(self, what: str, at: int | None = None, hint: str = AGAIN) -> FormatError:
         """The error to raise for what is wrong at byte `at` (by default: where the walk stands)."""
         return FormatError(what, where=self.path, offset=self.pos if at is None else at, hint=hint)
 
@@ -79,8 +79,11 @@ class Cursor:
         start, left = self.pos, self.end - self.pos
         if nbytes > left:
             if self.end < len(self.buffer):
-                raise self.error(f"the header runs past {MAX_HEADER >> 20} MiB in {what}", hint="no model needs that")
-            raise self.error(f"{what} needs {nbytes:,} bytes but the file has {left:,} left", hint=AGAIN)
+                raise self.error(
+                    f"the header runs past {MAX_HEADER >> 20} MiB in {what}",
+                    hint="no model needs that: get it from its publisher",
+                )
+            raise self.error(f"{what} needs {nbytes:,} bytes but the file has {left:,} left")
         self.pos += nbytes
         return start
 
@@ -97,7 +100,7 @@ class Cursor:
         """A count of things that take at least `least_bytes` each: no more than `most`, no more than fit."""
         at, n = self.pos, self.uint(self.length_code, what)
         if n * least_bytes > self.end - self.pos:
-            raise self.error(f"{what} is {n:,}, more than fit in the {self.end - self.pos:,} bytes left", at, AGAIN)
+            raise self.error(f"{what} is {n:,}, more than fit in the {self.end - self.pos:,} bytes left", at)
         if n > most:
             raise self.error(f"{what} is {n:,}, more than the {most:,} quantkit allows", at)
         return n
@@ -123,7 +126,7 @@ class Cursor:
             self.pos = pos
             self.take(width, what)
         except UnicodeDecodeError as e:
-            raise self.error(f"{what} is not UTF-8", start + e.start, AGAIN) from None
+            raise self.error(f"{what} is not UTF-8", start + e.start) from None
         self.pos = pos
         return out
 
@@ -133,7 +136,7 @@ class Cursor:
         try:
             return GGUFValueType(number)
         except ValueError:
-            raise self.error(f"{what} has type {number}, which GGUF does not define", at, AGAIN) from None
+            raise self.error(f"{what} has type {number}, which GGUF does not define", at) from None
 
     def value(self, what: str) -> Value:
         """One typed value; the inverse of `pack_value`."""
@@ -148,7 +151,7 @@ class Cursor:
         if kind is GGUFValueType.BOOL:
             at, byte = self.pos, self.uint("B", what)
             if byte > 1:
-                raise self.error(f"{what} is a bool of {byte}, not 0 or 1", at, AGAIN)
+                raise self.error(f"{what} is a bool of {byte}, not 0 or 1", at)
             return Value(kind, None, byte == 1)
         return Value(kind, None, self.number(NUMBERS[kind][0], what))
 
@@ -164,7 +167,7 @@ class Cursor:
         if item is not GGUFValueType.BOOL:
             return stored.astype(dtype)
         if (stored > 1).any():
-            raise self.error(f"{what} holds a bool that is not 0 or 1", start + int((stored > 1).argmax()), AGAIN)
+            raise self.error(f"{what} holds a bool that is not 0 or 1", start + int((stored > 1).argmax()))
         return stored.astype(bool)
 
 
