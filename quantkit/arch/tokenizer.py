@@ -1,0 +1,234 @@
+"""Tokenizers: from the metadata of a GGUF to the files of an HF folder, and from those files to token ids.
+
+`tokenizer_files` writes what `transformers.AutoTokenizer` opens without quantkit; `load_tokenizer` reads the same
+texts, so a GGUF and an HF folder go one way from here on. The ids are those llama.cpp gives for the GGUF.
+
+Two kinds of vocabulary, both expressed as BPE with ranked merges:
+
+- `gpt2`: byte-level. The file lists the merges; `tokenizer.ggml.pre` names the cut into words (`pretokenizers.py`).
+- `llama`: sentencepiece. The file has scores only: any two neighbours whose texts together are a token may merge, the
+  best score first. There is no cut into words, a space is U+2581, and a character without a token becomes its bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tokenizers
+
+from quantkit.arch.tokenizer_gguf import SENTENCEPIECE, Kind, Vocabulary, read_vocabulary
+from quantkit.errors import BadInput
+
+SPACE = "\u2581"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer as calibration and scoring need it; `add_bos` is what its post-processor really does."""
+
+    backend: tokenizers.Tokenizer
+    bos: int | None
+    eos: int | None
+    add_bos: bool
+    chat_template: str | None
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of plain text: nothing is added, and `<s>` in it is three characters (llama-perplexity's reading)."""
+        return self._ids(text, special=False)
+
+    def encode_special(self, text: str) -> list[int]:
+        """The ids of a rendered chat template: special tokens written in the text are those tokens."""
+        return self._ids(text, special=True)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens included."""
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        self.backend.encode_special_tokens = not special  # the library's switch is per tokenizer, not per call
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+
+def load_tokenizer(files: Mapping[str, str]) -> Tokenizer:
+    """The tokenizer whose files (name -> text) are `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`."""
+    if "tokenizer.json" not in files:
+        raise BadInput("the model has no such file", where="tokenizer.json", hint="save it with a fast tokenizer first")
+    try:
+        backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+        config = json.loads(files.get("tokenizer_config.json", "{}"))
+    except Exception as error:  # the library raises bare Exception
+        raise BadInput(f"not a tokenizer: {error}", where="tokenizer.json") from error
+    bos, eos = (_named_id(backend, config, name) for name in ("bos_token", "eos_token"))
+    added, plain = (backend.encode("a", add_special_tokens=flag).ids for flag in (True, False))
+    return Tokenizer(
+        backend=backend,
+        bos=bos,
+        eos=eos,
+        add_bos=bos is not None and added[:1] == [bos] and plain[:1] != [bos],
+        chat_template=files.get("chat_template.jinja") or _template(config),
+    )
+
+
+def _named_id(backend: tokenizers.Tokenizer, config: Mapping[str, Any], name: str) -> int | None:
+    """The id of `bos_token` and its like, given as a text or as the record of an added token."""
+    token = config.get(name)
+    text = token.get("content") if isinstance(token, dict) else token
+    return None if text is None else backend.token_to_id(text)
+
+
+def _template(config: Mapping[str, Any]) -> str | None:
+    """The chat template kept in tokenizer_config.json: one text, or the one named `default` of several."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        return next((each["template"] for each in template if each.get("name") == "default"), None)
+    return template
+
+
+def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The HF tokenizer files, by name, of the GGUF whose metadata is given."""
+    vocabulary = read_vocabulary(metadata)
+    files = {
+        "tokenizer.json": json.dumps(_tokenizer_json(vocabulary), ensure_ascii=False),
+        "tokenizer_config.json": json.dumps(_config_json(vocabulary), ensure_ascii=False, indent=2) + "\n",
+    }
+    if vocabulary.chat_template is not None:
+        files["chat_template.jinja"] = vocabulary.chat_template
+    return files
+
+
+def _tokenizer_json(v: Vocabulary) -> dict[str, Any]:
+    text = _sentencepiece(v) if v.model == SENTENCEPIECE else _byte_level(v)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _added_tokens(v),
+        "normalizer": text["normalizer"],
+        "pre_tokenizer": text["pre_tokenizer"],
+        "post_processor": _post_processor(v),
+        "decoder": text["decoder"],
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: i for i, token in enumerate(v.tokens)},
+            "merges": v.merges,
+        }
+        | text["model"],
+    }
+
+
+def _byte_level(v: Vocabulary) -> dict[str, Any]:
+    return {
+        "normalizer": None,
+        "pre_tokenizer": v.pre.as_json(),
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {"ignore_merges": v.pre.ignore_merges},
+    }
+
+
+def _sentencepiece(v: Vocabulary) -> dict[str, Any]:
+    """Normalizer and decoder are each other's inverse: the prefix and U+2581 put on, and taken off."""
+    prepend = [{"type": "Prepend", "prepend": SPACE}] if v.add_space_prefix else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if v.add_space_prefix else []
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, spaces]},
+        "pre_tokenizer": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                *strip,
+            ],
+        },
+        "model": {
+            "unk_token": None if v.unknown is None else v.tokens[v.unknown],
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "merges": merges_from_scores(v.tokens, v.scores),
+        },
+    }
+
+
+def merges_from_scores(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """All pairs of tokens that make a token, the best score first: linear in the letters of the vocabulary.
+
+    Of equal scores (the runs of spaces of Llama) sentencepiece merges the leftmost pair, and so goes on lengthening the
+    piece it has just made. Ranks know no place in the text, but the longer token first comes to the same.
+
+    >>> merges_from_scores(["a", "b", "ab", "abb"], [-3, -4, -1, -2])
+    [('a', 'b'), ('ab', 'b')]
+    """
+    known = frozenset(tokens)
+    ranked = sorted(zip(tokens, scores, strict=True), key=lambda pair: (-pair[1], -len(pair[0])))
+    return [
+        (token[:cut], token[cut:])
+        for token, _ in ranked
+        for cut in range(1, len(token))
+        if token[:cut] in known and token[cut:] in known
+    ]
+
+
+def _added_tokens(v: Vocabulary) -> list[dict[str, Any]]:
+    """Tokens found in the text before anything else; `special` ones only where special tokens are parsed."""
+    return [
+        {
+            "id": i,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": v.strips_right and (token == "</s>" or token not in ("<unk>", "<s>", "<|endoftext|>")),
+            "normalized": False,
+            "special": kind in (Kind.CONTROL, Kind.UNKNOWN),
+        }
+        for i, (token, kind) in enumerate(zip(v.tokens, v.kinds, strict=True))
+        if kind in (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED)
+    ]
+
+
+def _post_processor(v: Vocabulary) -> dict[str, Any] | None:
+    """BOS before every sequence and EOS after it, where the vocabulary asks for them."""
+    before = [v.bos] if v.add_bos else []
+    after = [v.eos] if v.add_eos else []
+    if not before and not after:
+        return None
+
+    def sequence(name: str, segment: int) -> list[dict[str, Any]]:
+        special = [{"SpecialToken": {"id": v.tokens[i], "type_id": segment}} for i in (*before, *after)]
+        middle = {"Sequence": {"id": name, "type_id": segment}}
+        return [*special[: len(before)], middle, *special[len(before) :]]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": sequence("A", 0),
+        "pair": sequence("A", 0) + sequence("B", 1),
+        "special_tokens": {
+            v.tokens[i]: {"id": v.tokens[i], "ids": [i], "tokens": [v.tokens[i]]} for i in (*before, *after)
+        },
+    }
+
+
+def _config_json(v: Vocabulary) -> dict[str, Any]:
+    """What transformers keeps beside tokenizer.json.
+
+    The class is the plain one on purpose: the named ones (`LlamaTokenizer`, ...) rebuild normalizer and pre-tokenizer
+    from their own code and so lose the cut that this file needs.
+    """
+    named = {"bos_token": v.bos, "eos_token": v.eos, "unk_token": v.unknown, "pad_token": v.padding}
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config |= {name: v.tokens[i] for name, i in named.items() if i is not None}
+    config |= {"add_bos_token": v.add_bos, "add_eos_token": v.add_eos, "clean_up_tokenization_spaces": False}
+    if v.context_length is not None:
+        config["model_max_length"] = v.context_length
+    return config
