@@ -1,0 +1,28 @@
+"""Model families. Adding one is adding a file with an `ARCHITECTURE` to this folder; there is no list to edit."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+
+from quantkit.arch.schema import Architecture, find
+
+
+@cache
+def _families() -> tuple[Architecture, ...]:
+    modules = (importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__))
+    return tuple(m.ARCHITECTURE for m in modules if hasattr(m, "ARCHITECTURE"))
+
+
+def by_gguf(name: str, where: str) -> Architecture:
+    """The family whose `general.architecture` is `name`."""
+    return find({a.gguf: a for a in _families()}, name, where)
+
+
+def by_hf(model_type: str, where: str) -> Architecture:
+    """The family whose HF `model_type` is `model_type`."""
+    return find({a.hf: a for a in _families()}, model_type, where)
+
+
+__all__ = ["Architecture", "by_gguf", "by_hf"]

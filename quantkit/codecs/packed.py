@@ -1,0 +1,100 @@
+"""How GPTQ and AWQ lay integer codes on disk: `pack_*` and the readers' side, `unpack_*`.
+
+The two directions share nothing but the layout below, on purpose: packing adds shifted integers in torch, unpacking
+takes the words apart bit by bit in numpy. An error in either shows as a difference when an output is verified.
+
+GPTQ (AutoGPTQ `qlinear_cuda`; GPTQModel reads the same), K inputs, N outputs, b bits, groups of g:
+    qweight int32 (K*b/32, N)    codes along K, low bits first; 3-bit codes run across word borders
+    qzeros  int32 (K/g, N*b/32)  zeros along N; "gptq" (v1) stores zero-1, "gptq_v2" stores zero
+    scales  fp16  (K/g, N)       g_idx int32 (K,)
+AWQ "gemm" (AutoAWQ `packing_utils.py`), 4 bits only:
+    qweight int32 (K, N/8)       nibble i of word c is column 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i]
+    qzeros  int32 (K/g, N/8)     the same order, no -1
+    scales  fp16  (K/g, N)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantkit.codecs.grid import Quantized
+from quantkit.errors import FormatError
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+AWQ_PARTS = ("qweight", "qzeros", "scales")
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """(n, m) integers below 2^bits -> (n*bits/32, m) int32: each column is one stream of bits, low bits first."""
+    per = 32 // np.gcd(32, bits)  # codes after which the stream is back at a word border: 8 of 4 bits, 32 of 3
+    words = per * bits // 32
+    runs = codes.to(torch.int64).view(-1, per, codes.shape[1])
+    out = torch.zeros(runs.shape[0], words + 1, codes.shape[1], dtype=torch.int64, device=codes.device)
+    for i in range(per):
+        word, shift = divmod(i * bits, 32)
+        spread = runs[:, i] << shift
+        out[:, word] += spread & 0xFFFFFFFF
+        out[:, word + 1] += spread >> 32
+    flat = out[:, :words].reshape(-1, codes.shape[1])
+    return torch.where(flat >= 2**31, flat - 2**32, flat).to(torch.int32)
+
+
+def pack_gptq(q: Quantized, bits: int, v2: bool = False) -> dict[str, Tensor]:
+    """Quantized (N, K) -> the four tensors of a GPTQ layer; v1 files hold symmetric grids only."""
+    zeros = q.zeros.T.to(torch.int64) - (0 if v2 else 1)
+    return {
+        "qweight": pack_bits(q.codes.T, bits),
+        "qzeros": pack_bits(zeros.T, bits).T.contiguous(),
+        "scales": q.scales.T.contiguous(),
+        "g_idx": (torch.arange(q.codes.shape[1]) // q.group).to(torch.int32),
+    }
+
+
+def pack_awq(q: Quantized) -> dict[str, Tensor]:
+    """Quantized (N, K) of 4 bits -> the three tensors of an AWQ GEMM layer."""
+
+    def words(rows: Tensor) -> Tensor:  # (n, N) -> (n, N/8)
+        ordered = rows.view(rows.shape[0], -1, 8)[..., list(AWQ_ORDER)].reshape(rows.shape[0], -1)
+        return pack_bits(ordered.T, 4).T.contiguous()
+
+    return {"qweight": words(q.codes.T), "qzeros": words(q.zeros.T), "scales": q.scales.T.contiguous()}
+
+
+def unpack_bits(words: np.ndarray, bits: int) -> np.ndarray:
+    """(w, m) int32 -> (w*32/bits, m) uint8, by taking every bit out on its own; the inverse of `pack_bits`."""
+    stream = np.unpackbits(np.ascontiguousarray(words.T).astype("<i4").view(np.uint8), axis=1, bitorder="little")
+    fields = stream.reshape(words.shape[1], -1, bits)
+    return np.packbits(fields, axis=2, bitorder="little")[..., 0].T
+
+
+def unpack_gptq(parts: Mapping[str, Tensor], bits: int, v2: bool, where: str) -> Tensor:
+    """The four tensors of a GPTQ layer -> weight (N, K) float32, whatever its g_idx."""
+    codes = unpack_bits(parts["qweight"].numpy(), bits).astype(np.int16)  # (K, N)
+    zeros = unpack_bits(parts["qzeros"].numpy().T, bits).T.astype(np.int16)  # (G, N)
+    if not v2:
+        zeros = (zeros + 1) & (2**bits - 1)  # v1 wraps: a stored all-ones is zero 0 (AutoGPTQ)
+    scales, group = parts["scales"].numpy().astype(np.float32), parts["g_idx"].numpy()
+    if codes.shape[0] != len(group) or len(group) and not 0 <= group.min() <= group.max() < len(scales):
+        raise FormatError("g_idx does not match qweight and scales", where=where, hint="the folder is damaged")
+    return torch.from_numpy(((codes - zeros[group]) * scales[group]).T.copy())
+
+
+def unpack_awq(parts: Mapping[str, Tensor], where: str) -> Tensor:
+    """The three tensors of an AWQ GEMM layer -> weight (N, K) float32."""
+    back = np.argsort(AWQ_ORDER)
+
+    def rows(words: np.ndarray) -> np.ndarray:  # (n, N/8) -> (n, N)
+        nibbles = unpack_bits(words.T, 4).T
+        return nibbles.reshape(len(words), -1, 8)[..., back].reshape(len(words), -1).astype(np.int16)
+
+    codes, zeros = rows(parts["qweight"].numpy()), rows(parts["qzeros"].numpy())
+    scales = parts["scales"].numpy().astype(np.float32)
+    if codes.shape[0] % len(scales) or zeros.shape != scales.shape:
+        raise FormatError("qweight, qzeros and scales do not fit together", where=where, hint="the folder is damaged")
+    group = np.arange(len(codes)) // (len(codes) // len(scales))
+    return torch.from_numpy(((codes - zeros[group]) * scales[group]).T.copy())

@@ -1,0 +1,195 @@
+"""Safetensors folders: lazily read through the safetensors library, streamed out with offsets known in advance.
+
+The library's own writer wants every tensor in memory at once. The format is simple enough to stream: eight bytes of
+header length, a JSON header, then the data without holes (huggingface/safetensors, README "Format"). A layout is
+computed from names, types and shapes alone, so that a plan knows the size of a folder to the byte.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from quantkit.errors import BadInput, FormatError
+
+SHARD_BYTES = 5 * 10**9  # transformers' default `max_shard_size`
+INDEX = "model.safetensors.index.json"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in a folder: which file holds it, its type and its shape."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A readable folder of safetensors: every tensor by name. No data is read before `read`."""
+
+    path: Path
+    entries: dict[str, Entry]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, in its own type."""
+        with safe_open(self.path / self.entries[name].file, framework="pt") as f:
+            return f.get_tensor(name)
+
+
+def open_folder(path: Path) -> Folder:
+    """Index the safetensors of a folder: `model.safetensors`, or the shards that its index names.
+
+    Raises BadInput where there are none, and FormatError for a damaged file or a shard that is missing.
+    """
+    if (path / INDEX).is_file():
+        try:
+            files = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise FormatError("the index is not readable", where=path / INDEX, hint="download it again") from None
+    elif (path / "model.safetensors").is_file():
+        files = ["model.safetensors"]
+    else:
+        raise BadInput("no model.safetensors in this folder", where=path, hint="give a GGUF file or an HF model folder")
+    entries: dict[str, Entry] = {}
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file or not (path / file).is_file():
+            raise FormatError(f"the shard {file} is missing", where=path, hint="download it again")
+        try:
+            with safe_open(path / file, framework="pt") as f:
+                for name in f.keys():  # noqa: SIM118 (a safe_open object is not iterable)
+                    part = f.get_slice(name)
+                    entries[name] = Entry(file, DTYPES[part.get_dtype()], tuple(part.get_shape()))
+        except (SafetensorError, OSError) as e:
+            raise FormatError(f"not a readable safetensors file ({e})", where=path / file, hint="get it again") from None
+        except KeyError as e:
+            raise FormatError(f"unknown tensor type {e}", where=path / file, hint="known: " + " ".join(DTYPES)) from None
+    return Folder(path, entries)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to be: its name, its header, and where each tensor begins; offsets count from the start of the file."""
+
+    file: str
+    header: bytes
+    offsets: dict[str, int]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A folder's weights to be: the shards, and the text of the index where there is more than one."""
+
+    shards: tuple[Shard, ...]
+    index: str | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files, the index included."""
+        return sum(s.nbytes for s in self.shards) + len((self.index or "").encode())
+
+
+Spec = tuple[str, torch.dtype, tuple[int, ...]]  # name, type, shape
+
+
+def layout_folder(tensors: Sequence[Spec], shard_bytes: int = SHARD_BYTES) -> Layout:
+    """Lay tensors out in order, a new shard where the next one would pass `shard_bytes`."""
+    groups: list[list[Spec]] = [[]]
+    room = shard_bytes
+    for spec in tensors:
+        size = prod(spec[2]) * spec[1].itemsize
+        if groups[-1] and size > room:
+            groups.append([])
+            room = shard_bytes
+        groups[-1].append(spec)
+        room -= size
+    if len(groups) == 1:
+        return Layout((_shard("model.safetensors", groups[0]),), None)
+    names = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
+    total = sum(prod(shape) * dtype.itemsize for _, dtype, shape in tensors)
+    where = {spec[0]: name for name, group in zip(names, groups, strict=True) for spec in group}
+    index = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n"
+    return Layout(tuple(_shard(n, g) for n, g in zip(names, groups, strict=True)), index)
+
+
+def _shard(file: str, tensors: Sequence[Spec]) -> Shard:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin, offsets = 0, {}
+    # Wide types first, as the library does: every tensor then lies at a multiple of its element size.
+    for name, dtype, shape in sorted(tensors, key=lambda t: (-t[1].itemsize, t[0])):
+        size = prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, begin + size]}
+        offsets[name] = begin
+        begin += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return Shard(
+        file, len(text).to_bytes(8, "little") + text, {n: start + o for n, o in offsets.items()}, start + begin
+    )
+
+
+class FolderWriter:
+    """Writes the tensors of a `Layout` into a folder in any order, each once, holding none of them."""
+
+    def __init__(self, path: Path, layout: Layout) -> None:
+        self._files: dict[str, int] = {}
+        self._where: dict[str, tuple[str, int]] = {}
+        for shard in layout.shards:
+            fd = os.open(path / shard.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            self._files[shard.file] = fd
+            _pwrite(fd, memoryview(shard.header), 0)
+            self._where |= {name: (shard.file, offset) for name, offset in shard.offsets.items()}
+        if layout.index:
+            (path / INDEX).write_text(layout.index)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor; its type and shape are those of the layout."""
+        file, offset = self._where.pop(name)
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        _pwrite(self._files[file], memoryview(data), offset)
+
+    def __enter__(self) -> FolderWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        for fd in self._files.values():
+            os.close(fd)
+        if kind is None and self._where:
+            raise RuntimeError(f"tensors were planned and never written: {', '.join(sorted(self._where)[:5])}")
+
+
+def _pwrite(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        done = os.pwrite(fd, data, offset)
+        data, offset = data[done:], offset + done

@@ -1,0 +1,231 @@
+"""The forward pass, one decoder block at a time: transformers' own layers, built empty and filled from any `Model`.
+
+The whole network is built on the meta device, where it costs nothing. To learn what each block is called with (masks,
+rotary embeddings), the network's own `forward` runs once with its blocks replaced by ones that only take notes; so no
+line here knows how a family embeds tokens or masks attention. Calibration and scoring both walk over the blocks, all
+sequences through one block before the next: memory is bounded by a block and the hidden states, not by the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.errors import BadInput, UsageError
+from quantkit.model import Model
+from quantkit.stats import Stats
+
+BATCH_TOKENS = 2048  # tokens through a block at once: enough for full matmul speed, little beside a block's weights
+
+
+def device_of(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:i` -> a device that is there; UsageError otherwise."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or (index and not index.isdigit()):
+        raise UsageError(f"unknown device {name!r}", where="--device", hint="known: auto, cpu, cuda, cuda:0, ...")
+    if not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"this machine has no {name}", where="--device", hint="use --device cpu")
+    return torch.device(name)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model's empty transformers network and the device its blocks are filled on. Weights are float32."""
+
+    model: Model
+    empty: nn.Module
+    device: torch.device
+
+    @property
+    def base(self) -> Any:
+        """The part under the language-model head."""
+        return self.empty.model
+
+    def filled(self, module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+        """`module` with `weights` on the device; every parameter must be among them."""
+        module.load_state_dict(
+            {name: w.to(self.device, torch.float32) for name, w in weights.items()}, strict=True, assign=True
+        )
+        return module.eval()
+
+    @contextmanager
+    def block(self, layer: int, weights: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        """Block `layer` with its weights (read from the model unless given), emptied again at the end."""
+        if weights is None:
+            weights = {name: ref.read() for name, ref in self.model.block(layer).items()}
+        module = self.base.layers[layer]
+        try:
+            yield self.filled(module, weights)
+        finally:
+            module.to("meta")
+
+    def outer(self, name: str) -> Tensor:
+        """A tensor outside the blocks, by its HF name, on the device."""
+        return self.model.tensors[name].read().to(self.device, torch.float32)
+
+    def head(self) -> Tensor:
+        """The output matrix (vocab, hidden): the embedding itself where the two are tied."""
+        tied = self.model.config.get("tie_word_embeddings")
+        return self.outer("model.embed_tokens.weight" if tied else "lm_head.weight")
+
+
+def network(model: Model, device: torch.device) -> Network:
+    """The empty network of `model`, from transformers, checked to have exactly the model's tensors."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {k: v for k, v in model.config.items() if k not in ("model_type", "quantization_config", "torch_dtype")}
+    config = AutoConfig.for_model(model.config["model_type"], **values)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    wanted = {n: tuple(p.shape) for n, p in empty.named_parameters()}
+    have = {n: t.shape for n, t in model.tensors.items()}
+    if odd := sorted(set(wanted.items()) ^ set(have.items())):
+        raise BadInput(f"transformers builds another model from this configuration ({odd[0][0]})", where=model.path)
+    return Network(model, empty, device)
+
+
+class _Notes(nn.Module):
+    """Stands in for a block: passes hidden states on and keeps what it was called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kwargs: dict[str, Any] = {}
+
+    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        self.kwargs = kwargs
+        return hidden
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states of all sequences (n, T, hidden) in CPU memory, and what each block is called with beside them."""
+
+    hidden: Tensor
+    kwargs: tuple[Mapping[str, Any], ...]
+
+    def batches(self) -> Iterator[slice]:
+        """Slices of sequences that hold about `BATCH_TOKENS` tokens."""
+        step = max(1, BATCH_TOKENS // self.hidden.shape[1])
+        for start in range(0, len(self.hidden), step):
+            yield slice(start, start + step)
+
+
+@torch.no_grad()
+def embed(net: Network, ids: Tensor) -> States:
+    """Token ids (n, T) -> the hidden states before the first block.
+
+    Masks and rotary embeddings are taken from a call with one sequence: all have the same length and no padding.
+    """
+    base = net.base
+    blocks, norm, rotary = base.layers, base.norm, base.rotary_emb
+    notes = nn.ModuleList([_Notes() for _ in blocks])
+    try:
+        base.layers, base.norm = notes, nn.Identity()
+        base.rotary_emb = type(rotary)(config=base.config).to(net.device)
+        net.filled(base.embed_tokens, {"weight": net.outer("model.embed_tokens.weight")})
+        step = max(1, BATCH_TOKENS // ids.shape[1])
+        hidden = torch.cat(
+            [
+                base(input_ids=part.to(net.device), use_cache=False).last_hidden_state.cpu()
+                for part in ids.split(step)
+            ]
+        )
+        base(input_ids=ids[:1].to(net.device), use_cache=False)
+        return States(hidden, tuple(n.kwargs for n in notes))
+    finally:
+        base.layers, base.norm, base.rotary_emb = blocks, norm, rotary
+        base.embed_tokens.to("meta")
+
+
+@torch.no_grad()
+def run(states: States, layer: int, block: nn.Module, device: torch.device) -> None:
+    """All sequences through one block, in place."""
+    for part in states.batches():
+        out = block(states.hidden[part].to(device), **states.kwargs[layer])
+        states.hidden[part] = (out[0] if isinstance(out, tuple) else out).to(states.hidden.device)
+
+
+@contextmanager
+def watching(block: nn.Module, readers: Mapping[str, str], device: torch.device) -> Iterator[dict[str, Stats]]:
+    """Collect `Stats` while a block runs: activation name -> statistics of what the module `readers[name]` is fed."""
+    stats: dict[str, Stats] = {}
+
+    def note(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            stats[name] = stats.get(name, Stats.zeros(x.shape[-1], device)).add(x)
+
+        return hook
+
+    hooks = [block.get_submodule(path).register_forward_pre_hook(note(name)) for name, path in readers.items()]
+    try:
+        yield stats
+    finally:
+        for h in hooks:
+            h.remove()
+
+
+def readers(model: Model) -> dict[str, str]:
+    """For each activation of a block, the path of the first module that reads it."""
+    first: dict[str, str] = {}
+    for w in model.arch.block:
+        if w.reads:
+            first.setdefault(w.reads, w.hf)
+    return first
+
+
+@torch.no_grad()
+def final_states(net: Network, ids: Tensor, positions: slice) -> Iterator[int | Tensor]:
+    """The normed hidden states at `positions` of every sequence, (n, p, hidden) float32 on the CPU.
+
+    Yields the number of each block as it is done, then the states: the caller can show progress.
+    """
+    states = embed(net, ids)
+    for layer in range(net.model.layers):
+        with net.block(layer) as block:
+            run(states, layer, block, net.device)
+        yield layer
+    norm = net.filled(net.base.norm, {"weight": net.outer("model.norm.weight")})
+    out = torch.empty_like(states.hidden[:, positions])
+    for part in states.batches():
+        out[part] = norm(states.hidden[part, positions].to(net.device)).cpu()
+    net.base.norm.to("meta")
+    yield out
+
+
+def last(steps: Iterable[Any]) -> Any:
+    """The last thing a stream yields."""
+    value = None
+    for value in steps:  # noqa: B007
+        pass
+    return value
+
+
+@torch.no_grad()
+def generate(net: Network, start: Tensor, length: int, seed: int, temperature: float = 1.0) -> Tensor:
+    """Sample sequences (n, length) that continue `start` (n, s), with the whole model on the device, seeded."""
+    from transformers import GenerationConfig
+
+    net.filled(net.empty, {name: net.outer(name) for name in net.model.tensors} | _tied(net))
+    net.base.rotary_emb = type(net.base.rotary_emb)(config=net.base.config).to(net.device)
+    torch.manual_seed(seed)
+    how = GenerationConfig(
+        do_sample=True, temperature=temperature, top_k=0, min_new_tokens=length - start.shape[1], max_length=length
+    )
+    out = net.empty.generate(start.to(net.device), generation_config=how, attention_mask=torch.ones_like(start)).cpu()
+    net.empty.to("meta")
+    return out
+
+
+def _tied(net: Network) -> dict[str, Tensor]:
+    return {} if "lm_head.weight" in net.model.tensors else {"lm_head.weight": net.head()}
