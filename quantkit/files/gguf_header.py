@@ -43,7 +43,7 @@ STRANGERS = (
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A row of the tensor table: `shape` as torch has it (rows first, GGUF's dims reversed), `offset` within its shard."""
+    """A row of the tensor table: `shape` is torch's (rows first, GGUF's dims reversed), `offset` is in its shard."""
 
     name: str
     shape: tuple[int, ...]
