@@ -94,12 +94,16 @@ def parses(raw: bytes) -> bool:
 
 
 class Oracle:
-    """One model opened by llama.cpp; ValueError where it does not open. Without `context` only the tokenizer works."""
+    """One model opened by llama.cpp; ValueError where it does not open. Without `context`, only its vocabulary."""
 
     def __init__(self, path: str | os.PathLike[str], context: bool = True) -> None:
         self.lib = lib = library()
         self.model = self.context = None
-        self.model = lib.llama_model_load_from_file(os.fsencode(path), lib.llama_model_default_params())
+        params = lib.llama_model_default_params()
+        if not context:
+            # vocab_only opens the row of bools behind the pointers; the third, use_extra_bufts, is the only true one
+            params.bytes[bytes(params.bytes).index(1, 40) - 2] = True
+        self.model = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
             raise ValueError(f"llama.cpp does not open {path}")
         self.vocab = lib.llama_model_get_vocab(self.model)
@@ -117,6 +121,8 @@ class Oracle:
         raw = text.encode()
         out = (c.c_int32 * (len(raw) + 16))()
         n = self.lib.llama_tokenize(self.vocab, raw, len(raw), out, len(out), add_special, special)
+        if n < 0:
+            raise RuntimeError(f"llama_tokenize returned {n}")
         return list(out[:n])
 
     def logits(self, ids: list[int]) -> np.ndarray:
