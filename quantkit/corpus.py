@@ -271,8 +271,8 @@ def evaluation_chunks(ids: Sequence[int], ctx: int, tokenizer: Tokenizer, chunks
         hint = f"--ctx {fits} fits" if fits >= 4 else "give a longer text"
         raise BadInput(f"the text has {len(stream)} tokens, one chunk needs {ctx}", hint=hint)
     rows = stream[: whole * ctx].view(whole, ctx)[:chunks].clone()
-    if tokenizer.add_bos and tokenizer.bos is not None:
-        rows[:, 0] = tokenizer.bos
+    if tokenizer.add_bos:
+        rows[:, 0] = stream[0]
     return rows
 
 
@@ -282,8 +282,7 @@ def _encode(document: Document, tokenizer: Tokenizer) -> list[int]:
     A model without a template, or whose template refuses the dialogue (Gemma's knows no system role), sees plain lines.
     """
     if isinstance(document, tuple) and tokenizer.chat_template:
-        bos_token = "" if tokenizer.bos is None else tokenizer.backend.id_to_token(tokenizer.bos)
-        rendered = _render(tokenizer.chat_template, document, bos_token)
+        rendered = _render(tokenizer.chat_template, document, tokenizer)
         if rendered is not None:
             return _with_bos(tokenizer.encode_special(rendered), tokenizer)
     return _with_bos(tokenizer.encode(_plain(document)), tokenizer)
@@ -291,9 +290,8 @@ def _encode(document: Document, tokenizer: Tokenizer) -> list[int]:
 
 def _with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     """Puts BOS in front where the tokenizer adds it, once: many a chat template writes it itself."""
-    if not tokenizer.add_bos or tokenizer.bos is None or ids[:1] == [tokenizer.bos]:
-        return ids
-    return [tokenizer.bos, *ids]
+    bos = tokenizer.bos if tokenizer.add_bos else None
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
 @cache
@@ -332,11 +330,15 @@ def _template(source: str) -> jinja2.Template:
 TEMPLATE_DATE = datetime(2024, 7, 26)  # what Llama 3's own template writes where it cannot ask for the date
 
 
-def _render(template: str, dialogue: Dialogue, bos_token: str) -> str | None:
+def _render(template: str, dialogue: Dialogue, tokenizer: Tokenizer) -> str | None:
     """The dialogue as the template writes it, or None where the template refuses it."""
+    special = {
+        name: "" if token is None else tokenizer.backend.id_to_token(token)
+        for name, token in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos))
+    }
     messages = [message._asdict() for message in dialogue]
     try:
-        return _template(template).render(messages=messages, add_generation_prompt=False, bos_token=bos_token)
+        return _template(template).render(messages=messages, add_generation_prompt=False, **special)
     except Exception:  # the template is a program from elsewhere: it may raise anything, and calibration can go on
         return None
 

@@ -26,14 +26,15 @@ from quantkit.corpus import (
 )
 from quantkit.errors import BadInput, UsageError
 
-BOS = 1
+BOS, EOS = 1, 2
 
 
 @dataclass(frozen=True)
 class Letters:
-    """A tokenizer whose ids are code points; the special token <s> has id 1."""
+    """A tokenizer whose ids are code points; the special tokens <s> and </s> are 1 and 2."""
 
     bos: int | None = BOS
+    eos: int | None = EOS
     add_bos: bool = True
     chat_template: str | None = None
 
@@ -42,13 +43,13 @@ class Letters:
         return self
 
     def id_to_token(self, token):
-        return {BOS: "<s>"}[token]
+        return {BOS: "<s>", EOS: "</s>"}[token]
 
     def encode(self, text):
         return [ord(letter) for letter in text]
 
     def encode_special(self, text):
-        return self.encode(text.replace("<s>", chr(BOS)))
+        return self.encode(text.replace("<s>", chr(BOS)).replace("</s>", chr(EOS)))
 
 
 def text_of(*documents, name="t"):
@@ -196,6 +197,13 @@ def test_the_default_text_is_read_file_by_file(tmp_path, monkeypatch):
     assert (text.sha256, text.source) == (hashlib.sha256(whole).hexdigest(), "built-in")
 
 
+def test_the_texts_that_ship_share_nothing():
+    default, demo = load_text("default"), load_text("demo")
+    assert refuse_overlap(default, demo) is None
+    assert len(demo.plain().split()) > 24 * 512 / 1.3  # enough for 24 chunks of 512 tokens
+    assert {type(document) for document in default.documents} == {str, tuple}
+
+
 # ------------------------------------------------------------------------------------------------------ rows of tokens
 
 
@@ -242,9 +250,9 @@ def test_every_document_begins_with_bos_once():
     for tokenizer, expected in [
         (Letters(chat_template=template), "\x01[u]q[a]r\x01text"),
         (Letters(chat_template=template, add_bos=False), "\x01[u]q[a]rtext"),
-        (Letters(chat_template="{{ messages[0].content }}"), "\x01q\x01text"),
+        (Letters(chat_template="{{ messages[0].content + eos_token }}"), "\x01q\x02\x01text"),
         (Letters(), "\x01user: q\nassistant: r\x01text"),
-        (Letters(bos=None), "user: q\nassistant: rtext"),
+        (Letters(bos=None, add_bos=False), "user: q\nassistant: rtext"),
     ]:
         batch = calibration_batch(text_of(greeting, "text"), tokenizer, samples=1, seqlen=len(expected), seed=1)
         assert as_string(batch[0]) == expected
