@@ -75,11 +75,9 @@ DEFAULT_FILES = ("prose-en.txt", "prose-multi.txt", "code.txt", "tables-math.txt
 
 # The archive that llama.cpp's scripts/get-wikitext-2.sh downloads, at one revision, and the file in it on which its
 # published perplexities are measured: the test split of wikitext-2-raw-v1 (Merity et al. 2016, CC BY-SA 3.0 and GFDL).
-WIKITEXT2 = {
-    "repo_id": "ggml-org/ci",
-    "filename": "wikitext-2-raw-v1.zip",
-    "revision": "927b3642933080f1b0e811e2f916e14c292992f9",
-}
+WIKITEXT2_REPO = "ggml-org/ci"
+WIKITEXT2_REVISION = "927b3642933080f1b0e811e2f916e14c292992f9"
+WIKITEXT2_ARCHIVE = "wikitext-2-raw-v1.zip"
 WIKITEXT2_MEMBER = "wikitext-2-raw/wiki.test.raw"
 WIKITEXT2_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
 
@@ -138,10 +136,12 @@ def _load_wikitext2() -> Text:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError
 
-    source = "{repo_id}@{revision}/{filename}".format(**WIKITEXT2)
+    source = f"{WIKITEXT2_REPO}@{WIKITEXT2_REVISION}/{WIKITEXT2_ARCHIVE}"
     hint = "download wiki.test.raw elsewhere and pass that file"
     try:
-        archive = hf_hub_download(**WIKITEXT2, repo_type="dataset")
+        archive = hf_hub_download(
+            repo_id=WIKITEXT2_REPO, filename=WIKITEXT2_ARCHIVE, repo_type="dataset", revision=WIKITEXT2_REVISION
+        )
     except (OSError, HTTPError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise BadInput(f"wikitext2 cannot be downloaded: {reason}", where=source, hint=hint) from error
@@ -189,7 +189,7 @@ def _document(line: str, where: str) -> Document:
     """One line of a .jsonl file; raises BadInput naming the line."""
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # JSONDecodeError, or an integer beyond what Python parses
         raise BadInput(f"not JSON: {error}", where=where) from error
     match record:
         case {"text": str(text)}:
@@ -400,8 +400,8 @@ def refuse_overlap(calibration: Text, evaluation: Text, force: bool = False) -> 
         if not found.shared:
             return None
         finding = (
-            f"{found.share:.2%} of the evaluation text {evaluation.name} also stands in the calibration text "
-            f'{calibration.name}, such as "{found.example}"'
+            f"{found.shared} of the {found.total} 13-word sequences of the evaluation text {evaluation.name} also stand "
+            f'in the calibration text {calibration.name}, the first being "{found.example}"'
         )
     if not force:
         raise UsageError(finding, hint="choose another text for one of the two, or pass --force to go on")
