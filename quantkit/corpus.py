@@ -400,7 +400,7 @@ def refuse_overlap(calibration: Text, evaluation: Text, force: bool = False) -> 
         if not found.shared:
             return None
         finding = (
-            f"{found.shared} of the {found.total} 13-word sequences of the evaluation text {evaluation.name} also stand "
+            f"{found.shared} of {found.total} 13-word sequences of the evaluation text {evaluation.name} also stand "
             f'in the calibration text {calibration.name}, the first being "{found.example}"'
         )
     if not force:

@@ -335,7 +335,7 @@ def test_overlap_is_refused_or_warned_of():
     with pytest.raises(UsageError, match=r'"the quick brown .* owls".*--force'):
         refuse_overlap(text_of(f"x {SENTENCE}"), evaluation)
     warning = refuse_overlap(text_of(f"x {SENTENCE}"), evaluation, force=True)
-    assert warning.startswith("5 of the 5 13-word sequences of the evaluation text book") and "\n" not in warning
+    assert warning.startswith("5 of 5 13-word sequences of the evaluation text book") and "\n" not in warning
     assert refuse_overlap(text_of("something else"), evaluation) is None
 
 
