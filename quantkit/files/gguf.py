@@ -141,12 +141,14 @@ def _siblings(path: Path, count: int) -> list[Path]:
 
 def _check_split(paths: list[Path], headers: list[Header]) -> None:
     """Every shard must agree on how many they are and which it is; together they hold each tensor once."""
-    seen: set[str] = set()
     total = sum(len(header.tensors) for header in headers)
-    for shard, (path, header) in enumerate(zip(paths, headers, strict=True)):
-        for key, right in ((SPLIT_NO, shard), (SPLIT_COUNT, len(paths)), (SPLIT_TENSORS, total)):
+    for key in SPLIT_KEYS:
+        for shard, (path, header) in enumerate(zip(paths, headers, strict=True)):
+            right = {SPLIT_NO: shard, SPLIT_COUNT: len(paths), SPLIT_TENSORS: total}[key]
             if (stored := _split(header, key, path)) != right:
                 raise FormatError(f"{key} is {stored:,}, but the set makes it {right:,}", where=path, hint=SET_AGAIN)
+    seen: set[str] = set()
+    for path, header in zip(paths, headers, strict=True):
         if header.order != headers[0].order:
             raise FormatError("its byte order is not the first shard's", where=path, hint=SET_AGAIN)
         if twice := sorted(seen & header.tensors.keys()):
