@@ -24,24 +24,24 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def staged(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """Give a path beside `path` to write a file or a folder at; on success it is synced and becomes `path`.
 
-    An existing file is replaced in one step. An existing folder only with `replace=True`, and the old one is kept until
-    the new one is complete. Raises UsageError where `path` is taken or its parent is missing, Resumable where the disk
-    is full; any other exception passes through. In every such case the partial output is gone.
+    A file replaces a file in one step. Where a folder is on either side, what is there gives way only with
+    `replace=True`, and is kept until the new is complete. Raises UsageError where `path` is taken, is a device or has
+    no parent, Resumable where the disk is full; any other exception passes through. In all these cases what was written
+    is gone and what was there stands.
     """
     path = Path(os.path.abspath(path))
     if not path.parent.is_dir():
         raise UsageError("there is no such folder to write in", where=path.parent, hint="make it first")
-    _refuse_folder(path, replace)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UsageError("not a regular file", where=path, hint="choose another name")
+    if path.is_dir() and not replace:
+        raise _taken(path)
     partial = _hidden(path, "partial")
     try:
         with disk_errors(path):
             yield partial
             _sync(partial)
-            if partial.is_dir():
-                _refuse_folder(path, replace)
-                _swap(partial, path)
-            else:
-                os.replace(partial, path)
+            _publish(partial, path, replace)
             _sync_one(path.parent)
     except BaseException:
         _remove(partial)
@@ -77,9 +77,8 @@ def free_bytes(path: str | os.PathLike[str]) -> int:
     return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
 
 
-def _refuse_folder(path: Path, replace: bool) -> None:
-    if path.is_dir() and not replace:
-        raise UsageError("the folder exists already", where=path, hint="choose another name, or ask to replace it")
+def _taken(path: Path) -> UsageError:
+    return UsageError("it exists already", where=path, hint="choose another name, or ask to replace it")
 
 
 def _hidden(path: Path, why: str) -> Path:
@@ -87,17 +86,27 @@ def _hidden(path: Path, why: str) -> Path:
     return path.with_name(f".{path.name}.{why}-{os.getpid()}-{secrets.token_hex(3)}")
 
 
-def _swap(partial: Path, path: Path) -> None:
-    """Give a complete folder its final name; what stood there comes back if that fails."""
-    if not os.path.lexists(path):
+def _publish(partial: Path, path: Path, replace: bool) -> None:
+    """Give what is complete its final name."""
+    if not partial.is_dir() and not path.is_dir():
+        os.replace(partial, path)
+    elif not os.path.lexists(path):
         os.rename(partial, path)
-        return
+    elif replace:
+        _swap(partial, path)
+    else:
+        raise _taken(path)
+
+
+def _swap(partial: Path, path: Path) -> None:
+    """A folder cannot be replaced in one step: move the old one aside, and back if the new one does not get there."""
     old = _hidden(path, "old")
-    os.rename(path, old)
     try:
+        os.rename(path, old)
         os.rename(partial, path)
     except BaseException:
-        os.rename(old, path)
+        if os.path.lexists(old) and not os.path.lexists(path):
+            os.rename(old, path)
         raise
     _remove(old)
 
