@@ -171,6 +171,9 @@ def test_a_file_that_changed_is_refused(tmp_path):
     write(tmp_path / "m.gguf", {}, [("a", (2, 32), "Q8_0")], seed=1)
     with pytest.raises(BadInput, match=r"changed since it was opened"):
         read.raw("a")
+    (tmp_path / "m.gguf").unlink()
+    with pytest.raises(BadInput, match=r"tensor a cannot be read: No such file"):
+        read.raw("a")
 
 
 def test_paths_that_are_no_file(tmp_path):

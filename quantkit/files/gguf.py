@@ -63,16 +63,20 @@ class GGUF:
         """The stored bytes of a tensor, (nbytes,) uint8, as a little-endian file has them.
 
         A little-endian file is mapped, not copied; writing into the result changes neither the file nor other results.
-        Raises KeyError for an unknown name, BadInput where the file changed since it was read.
+        Raises KeyError for an unknown name, BadInput where the file changed or went away since.
         """
         info = self.tensors[name]
         path = self.paths[info.shard]
         start = info.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         skip = info.offset - start
-        with open(path, "rb") as file:
-            if _stamp(os.fstat(file.fileno())) != self.stamps[info.shard]:
-                raise BadInput("the file changed since it was opened", where=path, hint="run the command again")
-            view = mmap.mmap(file.fileno(), skip + info.nbytes, access=mmap.ACCESS_COPY, offset=start)
+        try:
+            with open(path, "rb") as file:
+                if _stamp(os.fstat(file.fileno())) != self.stamps[info.shard]:
+                    raise BadInput("the file changed since it was opened", where=path, hint="run the command again")
+                view = mmap.mmap(file.fileno(), skip + info.nbytes, access=mmap.ACCESS_COPY, offset=start)
+        except OSError as e:
+            hint = "leave the file in place while it is in use"
+            raise BadInput(f"tensor {name} cannot be read: {e.strerror or e}", where=path, hint=hint) from None
         raw = torch.frombuffer(view, dtype=torch.uint8, count=info.nbytes, offset=skip)
         return raw if self.byteorder == "little" else codecs.lookup(info.type).byteswap(raw)
 

@@ -126,7 +126,8 @@ class Cursor:
             self.pos = pos
             self.take(width, what)
         except UnicodeDecodeError as e:
-            raise self.error(f"{what} is not UTF-8", start + e.start) from None
+            hint = "the file is damaged or its converter was: get a newer one"  # in 2023 some wrote tokens as raw bytes
+            raise self.error(f"{what} is not UTF-8", start + e.start, hint) from None
         self.pos = pos
         return out
 

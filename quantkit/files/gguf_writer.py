@@ -134,11 +134,9 @@ class GGUFWriter:
         if name not in self._missing:
             state = "was written already" if name in self.layout.sizes else "is not in the layout"
             raise ValueError(f"{self.path}: tensor {name} {state}")
-        if isinstance(raw, Tensor):
-            if raw.dtype is not torch.uint8:
-                raise TypeError(f"tensor {name} is given as {raw.dtype}, not as uint8 bytes")
-            raw = raw.contiguous().reshape(-1).numpy()
-        data = memoryview(raw).cast("B")
+        if isinstance(raw, Tensor) and raw.dtype is not torch.uint8:
+            raise TypeError(f"tensor {name} is given as {raw.dtype}, not as uint8 bytes")
+        data = memoryview(raw.contiguous().reshape(-1).numpy().data if isinstance(raw, Tensor) else raw).cast("B")
         if data.nbytes != self.layout.sizes[name]:
             raise ValueError(f"{self.path}: tensor {name} takes {self.layout.sizes[name]:,} bytes, not {data.nbytes:,}")
         with disk_errors(self.path):
