@@ -3,11 +3,10 @@
 `tokenizer_files` writes what `transformers.AutoTokenizer` opens without quantkit; `load_tokenizer` reads the same
 texts, so a GGUF and an HF folder go one way from here on. The ids are those llama.cpp gives for the GGUF.
 
-Two kinds of vocabulary, both expressed as BPE with ranked merges:
+Every vocabulary is expressed as BPE with ranked merges; what differs is the text that the merges see:
 
-- `gpt2`: byte-level. The file lists the merges; `tokenizer.ggml.pre` names the cut into words (`pretokenizers.py`).
-- `llama`: sentencepiece. The file has scores only: any two neighbours whose texts together are a token may merge, the
-  best score first. There is no cut into words, a space is U+2581, and a character without a token becomes its bytes.
+- `gpt2` is byte-level: `tokenizer.ggml.pre` names the cut into words (`pretokenizers.py`), bytes stand as letters.
+- `llama` and `gemma4` are sentencepiece: no cut, a space is U+2581, and a character without a token becomes its bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from typing import Any
 
 import tokenizers
 
-from quantkit.arch.tokenizer_gguf import SENTENCEPIECE, Kind, Vocabulary, read_vocabulary
+from quantkit.arch.pretokenizers import PreTokenizer
+from quantkit.arch.tokenizer_gguf import Kind, Vocabulary, read_vocabulary
 from quantkit.errors import BadInput
 
 SPACE = "\u2581"
@@ -100,7 +100,7 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _tokenizer_json(v: Vocabulary) -> dict[str, Any]:
-    text = _sentencepiece(v) if v.model == SENTENCEPIECE else _byte_level(v)
+    text = _sentencepiece(v) if v.pre is None else _byte_level(v.pre)
     return {
         "version": "1.0",
         "truncation": None,
@@ -126,12 +126,12 @@ def _tokenizer_json(v: Vocabulary) -> dict[str, Any]:
     }
 
 
-def _byte_level(v: Vocabulary) -> dict[str, Any]:
+def _byte_level(pre: PreTokenizer) -> dict[str, Any]:
     return {
-        "normalizer": None,
-        "pre_tokenizer": v.pre.as_json(),
+        "normalizer": pre.normalizer,
+        "pre_tokenizer": pre.pre_tokenizer,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {"ignore_merges": v.pre.ignore_merges},
+        "model": {"ignore_merges": pre.ignore_merges},
     }
 
 
@@ -156,28 +156,8 @@ def _sentencepiece(v: Vocabulary) -> dict[str, Any]:
             "unk_token": None if v.unknown is None else v.tokens[v.unknown],
             "fuse_unk": True,
             "byte_fallback": True,
-            "merges": merges_from_scores(v.tokens, v.scores),
         },
     }
-
-
-def merges_from_scores(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """All pairs of tokens that make a token, the best score first: linear in the letters of the vocabulary.
-
-    Of equal scores (the runs of spaces of Llama) sentencepiece merges the leftmost pair, and so goes on lengthening the
-    piece it has just made. Ranks know no place in the text, but the longer token first comes to the same.
-
-    >>> merges_from_scores(["a", "b", "ab", "abb"], [-3, -4, -1, -2])
-    [('a', 'b'), ('ab', 'b')]
-    """
-    known = frozenset(tokens)
-    ranked = sorted(zip(tokens, scores, strict=True), key=lambda pair: (-pair[1], -len(pair[0])))
-    return [
-        (token[:cut], token[cut:])
-        for token, _ in ranked
-        for cut in range(1, len(token))
-        if token[:cut] in known and token[cut:] in known
-    ]
 
 
 def _added_tokens(v: Vocabulary) -> list[dict[str, Any]]:

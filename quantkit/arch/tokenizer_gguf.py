@@ -1,13 +1,14 @@
 """The `tokenizer.ggml.*` keys of a GGUF, checked and completed, as one frozen `Vocabulary`.
 
-The defaults for absent keys, the kinds corrected by a token's text and the meaning of every key are llama.cpp's
+Which models there are, the defaults for absent keys and the kinds corrected by a token's text are llama.cpp's
 (`llama_vocab::impl::load` in `src/llama-vocab.cpp`): what that program reads is what a GGUF means. Left out are the
-vocabularies of encoder models (`bert`, `t5`) and of recurrent ones (`rwkv`).
+vocabularies of encoders (`bert`, `t5`) and of recurrent models (`rwkv`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -16,7 +17,7 @@ from quantkit.arch.pretokenizers import PreTokenizer, pre_tokenizer
 from quantkit.errors import BadInput, Unsupported
 
 PREFIX = "tokenizer.ggml."
-SENTENCEPIECE, BYTE_LEVEL = "llama", "gpt2"
+NO_TOKEN = 2**32 - 1  # -1 in the uint32 that an id is stored as
 
 
 class Kind(IntEnum):
@@ -25,17 +26,35 @@ class Kind(IntEnum):
     UNDEFINED, NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(7)
 
 
-# Texts that llama.cpp takes for control tokens whatever the file calls them, by their use: end of a turn or a text,
-# and the parts of fill-in-the-middle.
+@dataclass(frozen=True)
+class Model:
+    """What `tokenizer.ggml.model` says of a vocabulary, and what holds where its other keys are absent."""
+
+    cuts_words: bool
+    lists_merges: bool
+    add_bos: bool
+    add_space_prefix: bool
+    bos: int | None = None
+    eos: int | None = None
+    unknown: int | None = None
+
+
+MODELS = {
+    "gpt2": Model(cuts_words=True, lists_merges=True, add_bos=False, add_space_prefix=False),
+    "llama": Model(cuts_words=False, lists_merges=False, add_bos=True, add_space_prefix=True, bos=1, eos=2, unknown=0),
+    "gemma4": Model(cuts_words=False, lists_merges=True, add_bos=True, add_space_prefix=False),
+}
+
+# Texts of control tokens, whatever kind the file gives them: end of a turn or a text, parts of fill-in-the-middle.
 # fmt: off
 CONTROL_TEXTS = frozenset((
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>",
     "[EOT]", "[EOS]", "</s>", "<|eom_id|>", "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<|return|>", "<|call|>",
     "<|calls|>", "<|flush|>", "[e~[", "<eos>", "<turn|>", "<|tool_response>",
-    "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>", "<|code_prefix|>", "<|prefix|>",
-    "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>", "<|code_suffix|>", "<|suffix|>",
-    "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>", "<|code_middle|>", "<|middle|>",
-    "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]",
+    "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>", "<|code_prefix|>",
+    "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>", "<|code_suffix|>",
+    "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>", "<|code_middle|>",
+    "<|prefix|>", "<|suffix|>", "<|middle|>", "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]",
     "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
 ))
 # fmt: on
@@ -43,12 +62,13 @@ CONTROL_TEXTS = frozenset((
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Everything a GGUF says about its tokenizer; ids index `tokens`, `kinds` and `scores`."""
+    """Everything a GGUF says about its tokenizer; ids index `tokens` and `kinds`, and `merges` stand by rank.
 
-    model: str
+    Without `pre` the text is sentencepiece's: not cut into words, a space is U+2581, what has no token becomes bytes.
+    """
+
     tokens: tuple[str, ...]
     kinds: tuple[Kind, ...]
-    scores: tuple[float, ...]
     merges: tuple[tuple[str, str], ...]
     pre: PreTokenizer | None
     bos: int | None
@@ -65,95 +85,121 @@ class Vocabulary:
 
 def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     """The vocabulary that `metadata` describes; `BadInput` names the key that is missing or contradicts another."""
-    model = str(_required(metadata, PREFIX + "model"))
-    if model not in (SENTENCEPIECE, BYTE_LEVEL):
-        raise Unsupported(
-            f"unknown tokenizer model {model!r}",
-            where=PREFIX + "model",
-            hint=f"known are {BYTE_LEVEL}, {SENTENCEPIECE}",
-        )
-    sentencepiece = model == SENTENCEPIECE
+    name = str(_required(metadata, "model"))
+    if name not in MODELS:
+        hint = f"known are {', '.join(sorted(MODELS))}"
+        raise Unsupported(f"unknown tokenizer model {name!r}", where=PREFIX + "model", hint=hint)
+    model = MODELS[name]
+    pre = pre_tokenizer(str(metadata.get(PREFIX + "pre", "default"))) if model.cuts_words else None
     tokens = _tokens(metadata)
-    pre = None if sentencepiece else pre_tokenizer(str(metadata.get(PREFIX + "pre", "default")))
-    vocabulary = Vocabulary(
-        model=model,
+    bos = _id(metadata, "bos_token_id", len(tokens), model.bos)
+    eos = _id(metadata, "eos_token_id", len(tokens), model.eos)
+    add_bos = model.add_bos or (pre is not None and pre.add_bos)
+    return Vocabulary(
         tokens=tokens,
         kinds=_kinds(metadata, tokens),
-        scores=_array(metadata, "scores", len(tokens), float) if sentencepiece else (),
-        merges=() if sentencepiece else _merges(metadata, frozenset(tokens)),
+        merges=_listed(metadata, frozenset(tokens)) if model.lists_merges else _scored(metadata, tokens),
         pre=pre,
-        bos=_id(metadata, "bos_token_id", len(tokens), 1 if sentencepiece else None),
-        eos=_id(metadata, "eos_token_id", len(tokens), 2 if sentencepiece else None),
-        unknown=_id(metadata, "unknown_token_id", len(tokens), 0 if sentencepiece else None),
+        bos=bos,
+        eos=eos,
+        unknown=_id(metadata, "unknown_token_id", len(tokens), model.unknown),
         padding=_id(metadata, "padding_token_id", len(tokens), None),
-        add_bos=bool(metadata.get(PREFIX + "add_bos_token", sentencepiece or bool(pre and pre.add_bos))),
-        add_eos=bool(metadata.get(PREFIX + "add_eos_token", False)),
-        add_space_prefix=sentencepiece and bool(metadata.get(PREFIX + "add_space_prefix", True)),
+        add_bos=_adds(metadata, "bos", bos, add_bos),
+        add_eos=_adds(metadata, "eos", eos, False),
+        add_space_prefix=not model.cuts_words
+        and bool(metadata.get(PREFIX + "add_space_prefix", model.add_space_prefix)),
         strips_right=_is_phi3(metadata),
         chat_template=metadata.get("tokenizer.chat_template"),
         context_length=_context_length(metadata),
     )
-    for flag, value, key in (("add_bos", vocabulary.bos, "bos_token_id"), ("add_eos", vocabulary.eos, "eos_token_id")):
-        if getattr(vocabulary, flag) and value is None:
-            raise BadInput(f"missing, and {PREFIX}{flag}_token asks for it", where=PREFIX + key)
-    return vocabulary
 
 
-def _required(metadata: Mapping[str, Any], key: str) -> Any:
-    if key not in metadata:
-        raise BadInput("the file has no such key", where=key, hint="it carries no usable tokenizer")
-    return metadata[key]
+def merges_from_scores(tokens: Sequence[str], scores: Iterable[float]) -> list[tuple[str, str]]:
+    """All pairs of tokens that make a token, the best score first: linear in the letters of the vocabulary.
+
+    Of equal scores (the runs of spaces of Llama) sentencepiece merges the leftmost pair, and so goes on lengthening the
+    piece it has just made. Ranks know no place in the text, but the longer token first comes to the same.
+
+    >>> merges_from_scores(["a", "b", "ab", "abb"], [-3, -4, -1, -2])
+    [('a', 'b'), ('ab', 'b')]
+    """
+    known = frozenset(tokens)
+    ranked = sorted(zip(tokens, scores, strict=True), key=lambda pair: (-pair[1], -len(pair[0])))
+    return [
+        (token[:cut], token[cut:])
+        for token, _ in ranked
+        for cut in range(1, len(token))
+        if token[:cut] in known and token[cut:] in known
+    ]
+
+
+def _required(metadata: Mapping[str, Any], name: str) -> Any:
+    if PREFIX + name not in metadata:
+        raise BadInput(
+            "the file has no such key", where=PREFIX + name, hint="convert the model again, tokenizer included"
+        )
+    return metadata[PREFIX + name]
 
 
 def _tokens(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    raw = _required(metadata, PREFIX + "tokens")
-    tokens = tuple(str(token) or f"[EMPTY_{i}]" for i, token in enumerate(raw))  # llama.cpp's name for an empty one
-    if len(set(tokens)) != len(tokens):
-        first = next(token for i, token in enumerate(tokens) if tokens.index(token) != i)
-        raise BadInput(f"token {first!r} stands there more than once", where=PREFIX + "tokens")
+    # llama.cpp's name for a token without text; every token must have a text of its own
+    tokens = tuple(str(token) or f"[EMPTY_{i}]" for i, token in enumerate(_required(metadata, "tokens")))
+    text, count = Counter(tokens).most_common(1)[0] if tokens else ("", 0)
+    if count != 1:
+        raise BadInput(f"token {text!r} stands there {count} times" if tokens else "empty", where=PREFIX + "tokens")
     return tokens
 
 
-def _array(metadata: Mapping[str, Any], name: str, length: int, kind: type) -> tuple[Any, ...]:
-    raw = _required(metadata, PREFIX + name)
-    if len(raw) != length:
-        raise BadInput(f"{len(raw)} entries for {length} tokens", where=PREFIX + name)
-    return tuple(map(kind, raw))
+def _one_each(metadata: Mapping[str, Any], name: str, tokens: Sequence[str]) -> Any:
+    raw = _required(metadata, name)
+    if len(raw) != len(tokens):
+        raise BadInput(f"{len(raw)} entries for {len(tokens)} tokens", where=PREFIX + name)
+    return raw
 
 
 def _kinds(metadata: Mapping[str, Any], tokens: tuple[str, ...]) -> tuple[Kind, ...]:
-    """Every token's kind, with those that only look like text made control tokens."""
-    if PREFIX + "token_type" not in metadata:
-        raw: tuple[int, ...] = (Kind.NORMAL,) * len(tokens)
-    else:
-        raw = _array(metadata, "token_type", len(tokens), int)
-    known = frozenset(Kind)
+    """Every token's kind; tokens that only call themselves text are made control tokens."""
+    given = PREFIX + "token_type" in metadata
+    raw = _one_each(metadata, "token_type", tokens) if given else (Kind.NORMAL,) * len(tokens)
+    control = CONTROL_TEXTS - {"</s>"} if "<|tool_response>" in tokens else CONTROL_TEXTS  # plain text in Gemma 4
+    kinds = {int(kind): kind for kind in Kind}
     return tuple(
-        Kind.CONTROL if text in CONTROL_TEXTS else Kind(kind) if kind in known else Kind.UNDEFINED
+        Kind.CONTROL if text in control else kinds.get(int(kind), Kind.UNDEFINED)
         for text, kind in zip(tokens, raw, strict=True)
     )
 
 
-def _merges(metadata: Mapping[str, Any], tokens: frozenset[str]) -> tuple[tuple[str, str], ...]:
-    """The pairs in the order of their rank; the first of a repeated pair counts."""
-    key = PREFIX + "merges"
+def _scored(metadata: Mapping[str, Any], tokens: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    return tuple(merges_from_scores(tokens, map(float, _one_each(metadata, "scores", tokens))))
+
+
+def _listed(metadata: Mapping[str, Any], tokens: frozenset[str]) -> tuple[tuple[str, str], ...]:
+    """The merges as pairs; the first of a repeated pair counts."""
     pairs = {}
-    for text in _required(metadata, key):
-        left, space, right = text[0:1], *text[1:].partition(" ")[1:]
-        left += text[1:].partition(" ")[0]
-        if not (space and left in tokens and right in tokens and left + right in tokens):
-            raise BadInput(f"merge {text!r} is not made of tokens", where=key)
+    for text in map(str, _required(metadata, "merges")):
+        cut = text.find(" ", 1)  # a piece that begins with a space is still whole
+        left, right = text[:cut], text[cut + 1 :]
+        if cut < 0 or not {left, right, left + right} <= tokens:
+            raise BadInput(f"merge {text!r} is not made of tokens", where=PREFIX + "merges")
         pairs[left, right] = None
     return tuple(pairs)
 
 
 def _id(metadata: Mapping[str, Any], name: str, size: int, default: int | None) -> int | None:
-    raw = metadata.get(PREFIX + name)
-    if raw is None:
-        return default if default is not None and default < size else None
-    if not 0 <= int(raw) < size:
-        raise BadInput(f"{int(raw)} is no id of a vocabulary of {size} tokens", where=PREFIX + name)
-    return int(raw)
+    value = metadata.get(PREFIX + name, default)
+    if value is None or int(value) == NO_TOKEN:
+        return None
+    if not 0 <= int(value) < size:
+        raise BadInput(f"{int(value)} is no id in a vocabulary of {size} tokens", where=PREFIX + name)
+    return int(value)
+
+
+def _adds(metadata: Mapping[str, Any], which: str, token: int | None, default: bool) -> bool:
+    key = f"{PREFIX}add_{which}_token"
+    adds = bool(metadata.get(key, default))
+    if adds and token is None:
+        raise BadInput("it is to be added to every text, and the file does not say which token it is", where=key)
+    return adds
 
 
 def _is_phi3(metadata: Mapping[str, Any]) -> bool:
