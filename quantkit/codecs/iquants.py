@@ -22,11 +22,11 @@ from torch import Tensor
 
 from quantkit.codecs.bits import unpack
 from quantkit.codecs.codec import Codec
+from quantkit.codecs.iquants_encode import iq4_nl, iq4_xs, levels_on
 
 BLOCK = 256  # QK_K
 BLOCK_NL = 32  # QK4_NL
 DELTA = 0.125  # IQ1S_DELTA and IQ1M_DELTA in ggml-common.h
-LEVELS = gguf.quants.IQ4_NL.kvalues  # kvalues_iq4nl
 
 
 @functools.cache
@@ -129,7 +129,7 @@ def _iq1_m(qs: Tensor, qh: Tensor, scales: Tensor) -> Tensor:
 
 
 def _levels(qs: Tensor) -> Tensor:
-    return torch.tensor(LEVELS, dtype=torch.float32, device=qs.device)[unpack(qs, 4, run=16).long()]
+    return levels_on(qs.device)[unpack(qs, 4, run=16).long()]
 
 
 def _iq4_nl(d: Tensor, qs: Tensor) -> Tensor:
@@ -160,11 +160,12 @@ CODECS = (
         (_D, ("qs", torch.uint8, 64), ("qh", torch.uint8, 8), ("signs", torch.uint8, 32), ("scales", torch.uint8, 4)),
         _iq3_s,
     ),
-    Codec("IQ4_NL", BLOCK_NL, (_D, ("qs", torch.uint8, 16)), _iq4_nl),
+    Codec("IQ4_NL", BLOCK_NL, (_D, ("qs", torch.uint8, 16)), _iq4_nl, iq4_nl),
     Codec(
         "IQ4_XS",
         BLOCK,
         (_D, ("scales_h", torch.uint16, 1), ("scales_l", torch.uint8, 4), ("qs", torch.uint8, 128)),
         _iq4_xs,
+        iq4_xs,
     ),
 )

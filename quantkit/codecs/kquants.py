@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.codecs.bits import unpack
+from quantkit.codecs.bits import unpack, unpack_scale_min_k4, unpack_scales_q3
 from quantkit.codecs.codec import Codec
+from quantkit.codecs.kquants_encode import q2_k, q3_k, q4_k, q5_k, q6_k
 
 BLOCK = 256  # QK_K in ggml-common.h
 
@@ -29,29 +30,6 @@ def _minus(values: Tensor, minimum: Tensor) -> Tensor:
     return (values.view(*minimum.shape, -1) - minimum[..., None]).flatten(1)
 
 
-def scale_min_k4(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """12 bytes -> 8 scales and 8 minima of 6 bits, both (n, 8) uint8 (`get_scale_min_k4`).
-
-    byte      7 6 | 5 4 3 2 1 0                byte       7 6 5 4  |  3 2 1 0
-    0..3   sc[4+j] | sc[j]                     8..11      mn[4+j]  |  sc[4+j]
-           bits 4,5|                                      low 4    |  low 4
-    4..7   mn[4+j] | mn[j]
-           bits 4,5|
-    """
-    first, second, low = scales.view(-1, 3, 4).unbind(1)
-    sc = torch.cat([first & 63, (low & 15) | (first >> 2 & 48)], 1)
-    mn = torch.cat([second & 63, (low >> 4) | (second >> 2 & 48)], 1)
-    return sc, mn
-
-
-def _scales_q3(scales: Tensor) -> Tensor:
-    """12 bytes -> 16 scales of 6 bits, stored with 32 added.
-
-    byte 0..7:   sc[8+j] low 4 | sc[j] low 4        byte 8..11: two high bits of sc[12+j] | sc[8+j] | sc[4+j] | sc[j]
-    """
-    return unpack(scales[:, :8], 4, run=8) | unpack(scales[:, 8:], 2, run=4) << 4
-
-
 def _q2_k(scales: Tensor, qs: Tensor, d: Tensor, dmin: Tensor) -> Tensor:
     q = unpack(qs, 2, run=32).float()
     return _minus(_times(q, d.float() * (scales & 15)), dmin.float() * (scales >> 4))
@@ -60,17 +38,17 @@ def _q2_k(scales: Tensor, qs: Tensor, d: Tensor, dmin: Tensor) -> Tensor:
 def _q3_k(hmask: Tensor, qs: Tensor, scales: Tensor, d: Tensor) -> Tensor:
     # A set bit in hmask means "do not subtract 4": the third bit of q + 4.
     q = (unpack(qs, 2, run=32) | unpack(hmask, 1, run=32) << 2).float() - 4
-    return _times(q, d.float() * (_scales_q3(scales).float() - 32))
+    return _times(q, d.float() * (unpack_scales_q3(scales).float() - 32))
 
 
 def _q4_k(d: Tensor, dmin: Tensor, scales: Tensor, qs: Tensor) -> Tensor:
-    sc, mn = scale_min_k4(scales)
+    sc, mn = unpack_scale_min_k4(scales)
     q = unpack(qs, 4, run=32).float()
     return _minus(_times(q, d.float() * sc), dmin.float() * mn)
 
 
 def _q5_k(d: Tensor, dmin: Tensor, scales: Tensor, qh: Tensor, qs: Tensor) -> Tensor:
-    sc, mn = scale_min_k4(scales)
+    sc, mn = unpack_scale_min_k4(scales)
     q = (unpack(qs, 4, run=32) | unpack(qh, 1, run=32) << 4).float()
     return _minus(_times(q, d.float() * sc), dmin.float() * mn)
 
@@ -85,9 +63,11 @@ _DMIN = ("dmin", torch.float16, 1)
 _K_SCALES = ("scales", torch.uint8, 12)  # K_SCALE_SIZE
 
 CODECS = (
-    Codec("Q2_K", BLOCK, (("scales", torch.uint8, 16), ("qs", torch.uint8, 64), _D, _DMIN), _q2_k),
-    Codec("Q3_K", BLOCK, (("hmask", torch.uint8, 32), ("qs", torch.uint8, 64), _K_SCALES, _D), _q3_k),
-    Codec("Q4_K", BLOCK, (_D, _DMIN, _K_SCALES, ("qs", torch.uint8, 128)), _q4_k),
-    Codec("Q5_K", BLOCK, (_D, _DMIN, _K_SCALES, ("qh", torch.uint8, 32), ("qs", torch.uint8, 128)), _q5_k),
-    Codec("Q6_K", BLOCK, (("ql", torch.uint8, 128), ("qh", torch.uint8, 64), ("scales", torch.int8, 16), _D), _q6_k),
+    Codec("Q2_K", BLOCK, (("scales", torch.uint8, 16), ("qs", torch.uint8, 64), _D, _DMIN), _q2_k, q2_k),
+    Codec("Q3_K", BLOCK, (("hmask", torch.uint8, 32), ("qs", torch.uint8, 64), _K_SCALES, _D), _q3_k, q3_k),
+    Codec("Q4_K", BLOCK, (_D, _DMIN, _K_SCALES, ("qs", torch.uint8, 128)), _q4_k, q4_k),
+    Codec("Q5_K", BLOCK, (_D, _DMIN, _K_SCALES, ("qh", torch.uint8, 32), ("qs", torch.uint8, 128)), _q5_k, q5_k),
+    Codec(
+        "Q6_K", BLOCK, (("ql", torch.uint8, 128), ("qh", torch.uint8, 64), ("scales", torch.int8, 16), _D), _q6_k, q6_k
+    ),
 )

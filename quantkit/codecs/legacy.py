@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quantkit.codecs.bits import unpack
 from quantkit.codecs.codec import Codec
+from quantkit.codecs.legacy_encode import affine, q8_0, symmetric
 
 BLOCK = 32  # QK4_0 and its like in ggml-common.h
 
@@ -66,9 +67,9 @@ CODECS = (
     Codec("F32", 1, (("values", torch.float32, 1),), _plain, _cast(torch.float32)),
     Codec("F16", 1, (("values", torch.float16, 1),), _plain, _cast(torch.float16)),
     Codec("BF16", 1, (("values", torch.bfloat16, 1),), _plain, _cast(torch.bfloat16)),
-    Codec("Q4_0", BLOCK, (_D, _QS), _q4_0),
-    Codec("Q4_1", BLOCK, (_D, _M, _QS), _q4_1),
-    Codec("Q5_0", BLOCK, (_D, _QH, _QS), _q5_0),
-    Codec("Q5_1", BLOCK, (_D, _M, _QH, _QS), _q5_1),
-    Codec("Q8_0", BLOCK, (_D, ("qs", torch.int8, BLOCK)), _q8_0),
+    Codec("Q4_0", BLOCK, (_D, _QS), _q4_0, symmetric(4)),
+    Codec("Q4_1", BLOCK, (_D, _M, _QS), _q4_1, affine(4)),
+    Codec("Q5_0", BLOCK, (_D, _QH, _QS), _q5_0, symmetric(5)),
+    Codec("Q5_1", BLOCK, (_D, _M, _QH, _QS), _q5_1, affine(5)),
+    Codec("Q8_0", BLOCK, (_D, ("qs", torch.int8, BLOCK)), _q8_0, q8_0),
 )
