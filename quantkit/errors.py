@@ -8,8 +8,8 @@
     ├── VerifyError          exit 70   an output, reopened from disk, is not what was computed
     └── Resumable            exit 75   the machine gave out (disk, memory); the same command may be run again
 
-Each says what is wrong, where (a tensor, a key, a path) and what to do next, in one line. Only `quantkit.cli` turns them
-into text and an exit status (the codes are those of BSD sysexits.h: 65 EX_DATAERR, 70 EX_SOFTWARE, 75 EX_TEMPFAIL).
+Each says what is wrong, where (a tensor, a key, a path) and what to do next, in one line. Only `quantkit.cli` turns
+them into text and an exit status (codes of BSD sysexits.h: 65 EX_DATAERR, 70 EX_SOFTWARE, 75 EX_TEMPFAIL).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Perplexity as llama.cpp defines it, and how far a model's predictions lie from a reference model's.
 
-Protocol (llama.cpp `tools/perplexity`): chunks of `ctx` tokens, the positions ctx/2 .. ctx-2 scored, PPL = exp(mean NLL),
+Protocol (llama.cpp `tools/perplexity`): chunks of `ctx` tokens, positions ctx/2 .. ctx-2 scored, PPL = exp(mean NLL),
 error = PPL * sqrt((E[nll^2] - E[nll]^2) / (n - 1)). The reference is kept as its final hidden states, from which its
 logits are recomputed through its own head: exact, and vocab/hidden times smaller than stored logits.
 """

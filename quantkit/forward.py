@@ -128,9 +128,9 @@ def embed(net: Network, ids: Tensor) -> States:
     """
     base = net.base
     blocks, norm, rotary = base.layers, base.norm, base.rotary_emb
-    notes = nn.ModuleList([_Notes() for _ in blocks])
+    notes = [_Notes() for _ in blocks]
     try:
-        base.layers, base.norm = notes, nn.Identity()
+        base.layers, base.norm = nn.ModuleList(notes), nn.Identity()
         base.rotary_emb = type(rotary)(config=base.config).to(net.device)
         net.filled(base.embed_tokens, {"weight": net.outer("model.embed_tokens.weight")})
         step = max(1, BATCH_TOKENS // ids.shape[1])
@@ -222,7 +222,8 @@ def generate(net: Network, start: Tensor, length: int, seed: int, temperature: f
     how = GenerationConfig(
         do_sample=True, temperature=temperature, top_k=0, min_new_tokens=length - start.shape[1], max_length=length
     )
-    out = net.empty.generate(start.to(net.device), generation_config=how, attention_mask=torch.ones_like(start)).cpu()
+    causal_lm: Any = net.empty
+    out = causal_lm.generate(start.to(net.device), generation_config=how, attention_mask=torch.ones_like(start)).cpu()
     net.empty.to("meta")
     return out
 

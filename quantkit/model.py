@@ -144,7 +144,7 @@ def _match(
     expected = list(arch.weights(config))
     for p in expected:
         if p.gguf not in found:
-            raise BadInput(f"the tensor {p.gguf} is missing", where=where, hint="the file is not complete; get it again")
+            raise BadInput(f"the tensor {p.gguf} is missing", where=where, hint="the file is incomplete; get it again")
         if tuple(found[p.gguf]) != p.shape:
             shape = tuple(found[p.gguf])
             raise FormatError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Stats:
-    """Sums over `rows` activation rows x of width K: `gram` = sum of x^T x (K, K), `absum` = sum of |x| (K,), float32."""
+    """Sums over `rows` activation rows x of width K: `gram` sum of x^T x (K, K), `absum` sum of |x| (K,), float32."""
 
     gram: Tensor
     absum: Tensor

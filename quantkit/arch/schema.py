@@ -1,4 +1,4 @@
-"""`Architecture`: one model family as rows of facts; names, layouts, shapes, shared statistics and folds are all read off it.
+"""`Architecture`: one model family as rows of facts; names, layouts, shapes, statistics and folds are read off it.
 
 A family file holds rows and nothing else. What differs between GGUF and Hugging Face is stated once: the two names of a
 weight, the two names of a configuration key, and how the rows of a weight are laid out. This module is what can be
@@ -40,7 +40,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight: its GGUF and HF stems (no `.weight`), its shape in the dims of `Architecture.dims`, and what it touches."""
+    """One weight: its GGUF and HF stems (no `.weight`), its shape in `Architecture.dims`, and what it touches."""
 
     gguf: str
     hf: str
@@ -93,7 +93,7 @@ class Architecture:
             yield Placed(f"{gguf}{w.gguf}.bias", f"{hf}{w.hf}.bias", shape[:1], w, layer)
 
     def folds(self) -> list[tuple[Weight, tuple[Weight, ...]]]:
-        """(producer, consumers) for each activation that a norm or a linear layer scales: where AWQ may move a scale."""
+        """(producer, consumers) for each activation that a norm or a matrix scales: where AWQ may fold."""
         return [(p, tuple(c for c in self.block if c.reads == p.writes)) for p in self.block if p.writes]
 
     def config_from_gguf(self, get: Callable[[str], Any], tensors: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

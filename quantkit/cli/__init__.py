@@ -1,0 +1,51 @@
+"""The command line. The only package that prints, and the only place where an error becomes text and an exit status."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import warnings
+
+import typer
+
+from quantkit.cli import convert, inspect, perplexity
+from quantkit.errors import QuantkitError, Resumable
+
+app = typer.Typer(
+    name="quantkit",
+    help="Takes a quantized GGUF back to fp16 and on to GPTQ, AWQ and other GGUF types, and measures every output.",
+    epilog="Exit codes: 0 done, 2 usage, 65 bad input, 70 an output failed its check, 75 run the same again later.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("convert")(convert.command)
+app.command("perplexity")(perplexity.command)
+app.command("inspect")(inspect.command)
+
+
+def main() -> None:
+    """Run the command line: every foreseen error is one line on stderr and an exit status of its own."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that partial outputs are removed
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except typer.TyperException as e:
+        _fail(f"{e.format_message()} (see quantkit --help)", 2)
+    except QuantkitError as e:
+        _fail(str(e), e.exit_code)
+    except MemoryError:
+        _fail("out of memory; close other programs, or pass fewer --samples", Resumable.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; nothing was left half-written", 130)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+def _fail(message: str, code: int) -> None:
+    print("quantkit: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)

@@ -22,7 +22,7 @@ from quantkit.codecs import ggml, iquants, kquants, legacy, microscaling, ternar
 from quantkit.codecs.codec import Codec
 from quantkit.errors import BadInput, FormatError, Unsupported, UsageError
 
-__all__ = ["CODECS", "Codec", "decode", "encode", "lookup"]
+__all__ = ["CODECS", "Codec", "decode", "decode_torch", "encode", "lookup"]
 
 _FAMILIES = (legacy, kquants, iquants, ternary, microscaling)
 
@@ -63,11 +63,16 @@ def decode(name: str, raw: Tensor, shape: tuple[int, ...]) -> Tensor:
         raise FormatError(f"{raw.numel()} bytes where {name} of shape {tuple(shape)} takes {expected}")
     if codec.block > 1 and raw.device.type == "cpu" and ggml.find():
         return ggml.decode(codec, raw).view(shape)
+    return decode_torch(codec, raw).view(shape)
+
+
+def decode_torch(codec: Codec, raw: Tensor) -> Tensor:
+    """Bytes of n blocks -> (n, block) float32 by the codec's own decoder, on any device; libggml has no part in it."""
     blocks = raw.reshape(-1, codec.nbytes)
     out = torch.empty(len(blocks), codec.block, device=raw.device)
     for piece in _pieces(len(blocks), codec.block, raw.device):
         out[piece] = codec.decode(**codec.split(blocks[piece]))
-    return out.view(shape)
+    return out
 
 
 def encode(name: str, weight: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -85,7 +90,7 @@ def encode(name: str, weight: Tensor, importance: Tensor | None = None) -> Tenso
     elif codec.encode is None:
         raw = ggml.encode(codec, weight.cpu(), None if importance is None else importance.cpu()).to(weight.device)
     else:
-        pieces = _pieces(*weight.shape, weight.device)
+        pieces = _pieces(len(weight), weight.shape[1], weight.device)
         raw = torch.cat([codec.join(codec.encode(weight[piece], importance)) for piece in pieces])
     return raw.view(len(weight), -1)
 

@@ -1,4 +1,4 @@
-"""`Grid` and `Quantized`: the integer grids of GPTQ, AWQ and compressed-tensors, apart from how any of them lies on disk.
+"""`Grid` and `Quantized`: the integer grids of GPTQ, AWQ and compressed-tensors, apart from how they lie on disk.
 
 A solver sees a grid and nothing else: it asks for parameters of a group (`fit`) and for the codes of weights under them
 (`codes`). Scales are rounded to fp16 before any code is chosen, so that what is stored is what was solved for.

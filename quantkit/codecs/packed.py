@@ -79,7 +79,7 @@ def unpack_gptq(parts: Mapping[str, Tensor], bits: int, v2: bool, where: str) ->
     if not v2:
         zeros = (zeros + 1) & (2**bits - 1)  # v1 wraps: a stored all-ones is zero 0 (AutoGPTQ)
     scales, group = parts["scales"].numpy().astype(np.float32), parts["g_idx"].numpy()
-    if codes.shape[0] != len(group) or len(group) and not 0 <= group.min() <= group.max() < len(scales):
+    if codes.shape[0] != len(group) or (len(group) and not 0 <= group.min() <= group.max() < len(scales)):
         raise FormatError("g_idx does not match qweight and scales", where=where, hint="the folder is damaged")
     return torch.from_numpy(((codes - zeros[group]) * scales[group]).T.copy())
 

@@ -1,0 +1,1 @@
+"""Files on disk: read lazily, written to known offsets, and given their names only when whole."""

@@ -90,9 +90,10 @@ def open_folder(path: Path) -> Folder:
                     part = f.get_slice(name)
                     entries[name] = Entry(file, DTYPES[part.get_dtype()], tuple(part.get_shape()))
         except (SafetensorError, OSError) as e:
-            raise FormatError(f"not a readable safetensors file ({e})", where=path / file, hint="get it again") from None
+            raise FormatError(f"no readable safetensors file ({e})", where=path / file, hint="get it again") from None
         except KeyError as e:
-            raise FormatError(f"unknown tensor type {e}", where=path / file, hint="known: " + " ".join(DTYPES)) from None
+            known = " ".join(DTYPES)
+            raise FormatError(f"unknown tensor type {e}", where=path / file, hint=f"known: {known}") from None
     return Folder(path, entries)
 
 
@@ -177,7 +178,7 @@ class FolderWriter:
         """Write one tensor; its type and shape are those of the layout."""
         file, offset = self._where.pop(name)
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        _pwrite(self._files[file], memoryview(data), offset)
+        _pwrite(self._files[file], data.data, offset)
 
     def __enter__(self) -> FolderWriter:
         return self

@@ -1,0 +1,1 @@
+"""Solvers: pure functions from a weight and the statistics of its input to codes on a grid."""

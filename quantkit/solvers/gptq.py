@@ -11,6 +11,9 @@ A column that no calibration token reached has an all-zero row in H: it is round
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -39,14 +42,9 @@ def gptq(weight: Tensor, stats: Stats, grid: Grid, damp: float = DAMP) -> Quanti
     scales, zeros = [], []
     for start in range(0, len(w), g):
         block = slice(start, start + g)
-        scale, zero = grid.fit(w[block].T, importance[order[block]])
-        errors = torch.empty_like(w[block])
-        for i in range(start, start + g):
-            column = w[i]
-            code = grid.codes(column[:, None], scale, zero)
-            off = (column - grid.levels(code, scale, zero)[:, 0]) / upper[i, i]
-            codes[i], errors[i - start] = code[:, 0], off
-            w[i + 1 : start + g].addr_(upper[i, i + 1 : start + g], off, alpha=-1)
+        with one_thread():
+            scale, zero = grid.fit(w[block].T.contiguous(), importance[order[block]])
+            codes[block], errors = _columns(w[block], upper[block, block], scale, zero, grid)
         w[start + g :].addmm_(upper[block, start + g :].T, errors, alpha=-1)
         scales.append(scale)
         zeros.append(zero)
@@ -57,6 +55,27 @@ def gptq(weight: Tensor, stats: Stats, grid: Grid, damp: float = DAMP) -> Quanti
     )
 
 
+def _columns(w: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Round the columns w (g, N) of one group in turn, in place; codes and scaled errors, both (g, N)."""
+    codes, errors = torch.empty_like(w), torch.empty_like(w)
+    for i, column in enumerate(w):
+        codes[i] = grid.codes(column[:, None], scale, zero)[:, 0]
+        errors[i] = (column - grid.levels(codes[i][:, None], scale, zero)[:, 0]) / upper[i, i]
+        w[i + 1 :].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
+    return codes, errors
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One CPU thread for many small operations: waking a second one costs more than it does."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+
 def group_aware_order(importance: Tensor, group: int) -> Tensor:
     """The order in which columns are visited: groups by their largest importance, columns inside by their own.
 
@@ -64,8 +83,8 @@ def group_aware_order(importance: Tensor, group: int) -> Tensor:
     tensor([2, 3, 1, 0])
     """
     rows = importance.view(-1, group)
-    inside = rows.argsort(1, descending=True, stable=True)
-    first = rows.amax(1).argsort(descending=True, stable=True)
+    inside = rows.argsort(dim=1, descending=True, stable=True)
+    first = rows.amax(1).argsort(dim=0, descending=True, stable=True)
     return (inside + torch.arange(len(rows), device=rows.device)[:, None] * group)[first].flatten()
 
 

@@ -1,4 +1,4 @@
-"""Round to nearest: the range of each group from its extremes, every weight to the nearest code; blind to activations."""
+"""Round to nearest: the range of each group from its extremes, weights to the nearest code; blind to activations."""
 
 from __future__ import annotations
 

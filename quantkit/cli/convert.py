@@ -1,0 +1,150 @@
+"""`quantkit convert`: the main job. Reads the source once, makes every target, checks and scores each of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from quantkit.cli.show import bars, err, out, size, variants_table
+from quantkit.convert import Failed, Progress, SourceScored, TensorDone, VariantDone, claim, convert
+from quantkit.corpus import Text, calibration_batch, evaluation_chunks, load_text, refuse_overlap
+from quantkit.errors import VerifyError
+from quantkit.files.atomic import staged
+from quantkit.forward import device_of
+from quantkit.model import Model, open_model
+from quantkit.plan import Plan, make_plan
+from quantkit.recipe import Recipe, load_recipe
+from quantkit.report import report, text_record, variant_record
+from quantkit.selfcal import self_calibration
+
+
+def command(
+    source: Annotated[Path, typer.Argument(help="A GGUF file or an HF model folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder for all outputs.")],
+    to: Annotated[list[str] | None, typer.Option(help="A target: fp16, gptq, awq-4bit-64g, Q4_K_M ... (again)")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A YAML file, or a name in recipes/; options go over it.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="default, self, or a file.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Calibration rows.")] = None,
+    seqlen: Annotated[int | None, typer.Option(min=8, help="Tokens to a calibration row.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything that is drawn.")] = None,
+    eval_text: Annotated[str | None, typer.Option(help="demo, wikitext2, or a file to score on.")] = None,
+    eval_chunks: Annotated[int | None, typer.Option(min=1, help="Score the first N chunks only.")] = None,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Score nothing.")] = False,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:i.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace outputs; let calibration and text overlap.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report, or the plan, as JSON.")] = False,
+) -> None:
+    """Convert a model to every target named with --to, check each output, and score it against the source."""
+    options = {
+        "to": to or None,
+        "calibration": calibration,
+        "samples": samples,
+        "seqlen": seqlen,
+        "seed": seed,
+        "eval_text": eval_text,
+        "eval_chunks": eval_chunks,
+        "device": device,
+    }
+    settings = load_recipe(recipe, options)
+    if no_eval:
+        settings = settings.model_copy(update={"eval_text": None})
+    where = device_of(settings.device)
+    model = open_model(source)
+    plan = make_plan(model, settings, where)
+    if dry_run:
+        _show_plan(plan, as_json)
+        return
+    claim(output, plan, force)
+    failed = _run(model, settings, plan, output, where, force, as_json)
+    if failed:
+        raise VerifyError(f"{len(failed)} of {len(plan.outputs)} outputs failed: {failed[0]}", where=str(output))
+
+
+def _run(
+    model: Model, settings: Recipe, plan: Plan, output: Path, device: torch.device, force: bool, as_json: bool
+) -> list[VerifyError]:
+    """Calibrate, convert, score and report; returns the outputs' failures."""
+    warnings: list[str] = []
+    text, rows = _calibration(model, settings, device) if plan.calibrated else (None, None)
+    words, chunks = _evaluation(model, settings)
+    if text and words and (warning := refuse_overlap(text, words, force)):
+        warnings.append(warning)
+    if rows is not None and len(rows) < settings.samples:
+        warnings.append(f"calibration text {settings.calibration} gives {len(rows)} of {settings.samples} samples")
+    plan = make_plan(model, settings, device, rows=None if rows is None else len(rows))
+    for o in plan.outputs:
+        err.print(f"{o.target}: {o.note}; {size(o.nbytes)}", soft_wrap=True)
+    for warning in warnings:
+        err.print(f"warning: {warning}", soft_wrap=True)
+    variants: list[dict[str, Any]] = []
+    tensors: dict[str, list[TensorDone]] = {o.target: [] for o in plan.outputs}
+    source_score, failed = None, []
+    with bars(plan.stages) as bar:
+        for event in convert(model, plan, output, device, rows, text, chunks, force):
+            match event:
+                case Progress(stage, done, total):
+                    bar.step(stage, done, total)
+                case TensorDone(target):
+                    tensors[target].append(event)
+                case SourceScored(score):
+                    source_score = score
+                case VariantDone(made):
+                    variants.append(variant_record(event, tensors[made.target], model.parameters))
+                case Failed(_, error):
+                    failed.append(error)
+    record = report(
+        model,
+        settings,
+        source_score,
+        variants,
+        text_record(text, rows) if text is not None and rows is not None else None,
+        text_record(words, chunks) if words is not None and chunks is not None else None,
+        str(device),
+        warnings,
+    )
+    with staged(output / "report.json", replace=True) as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n")
+    if as_json:
+        print(json.dumps(record, indent=2))
+        return failed
+    out.print(variants_table(record))
+    for v in variants:
+        out.print(f"{v['target']:<14} {output / v['path']}", soft_wrap=True)
+    out.print(f"{'report':<14} {output / 'report.json'}", soft_wrap=True)
+    return failed
+
+
+def _calibration(model: Model, settings: Recipe, device: torch.device) -> tuple[Text, torch.Tensor]:
+    if settings.calibration == "self":
+        err.print("the model writes its own calibration text ...")
+        return self_calibration(model, settings.samples, settings.seqlen, settings.seed, device)
+    text = load_text(settings.calibration)
+    return text, calibration_batch(text, model.tokenizer(), settings.samples, settings.seqlen, settings.seed)
+
+
+def _evaluation(model: Model, settings: Recipe) -> tuple[Text | None, torch.Tensor | None]:
+    if settings.eval_text is None:
+        return None, None
+    text, tokenizer = load_text(settings.eval_text), model.tokenizer()
+    ids = tokenizer.encode(text.plain())
+    return text, evaluation_chunks(ids, settings.ctx, tokenizer, settings.eval_chunks)
+
+
+def _show_plan(plan: Plan, as_json: bool) -> None:
+    record = plan.record()
+    if as_json:
+        print(json.dumps(record, indent=2))
+        return
+    for o in plan.outputs:
+        out.print(f"{o.target}: {o.note}; {size(o.nbytes)} ({o.nbytes:,} bytes) in {o.path}", soft_wrap=True)
+        for r in o.rows:
+            shape = "x".join(map(str, r.shape))
+            out.print(f"  {r.name:<44} {shape:>14}  {r.source_type:>6} -> {r.type} ({r.solver})", soft_wrap=True)
+    out.print(f"disk {size(plan.disk)}; peak RAM about {size(plan.peak_ram)}", end="")
+    out.print(f", VRAM about {size(plan.peak_vram)}" if plan.peak_vram else "", end="")
+    out.print(f"; about {plan.seconds / 60:.1f} minutes")

@@ -1,0 +1,257 @@
+"""`convert`: run a plan block by block and yield one record per step: progress bar and report are that stream.
+
+One walk over the source serves every target: a block is read once, run once over the calibration rows while its
+statistics are taken, and handed to each output in turn. Then every output is verified, named, and scored.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.corpus import Text
+from quantkit.errors import UsageError, VerifyError
+from quantkit.evaluate import Predictions, Score, predict, score
+from quantkit.files.atomic import require_space, staged
+from quantkit.files.imatrix import Imatrix, write_imatrix
+from quantkit.forward import Network, States, embed, network, readers, run, watching
+from quantkit.model import Model, open_model
+from quantkit.plan import Plan
+from quantkit.stats import Stats
+from quantkit.targets import Output, Piece, Row
+from quantkit.targets.gguf import IMATRIX_FILE, reads
+from quantkit.verify import digest, verify
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`done` of `total` steps of a stage are over."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class TensorDone:
+    """One tensor of one output is written; `loss` is the relative error made (see `targets.target.Solved`)."""
+
+    target: str
+    row: Row
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class VariantDone:
+    """One output has its final name: read back, compared, and scored where a text was given."""
+
+    output: Output
+    seconds: float
+    score: Score | None
+
+
+@dataclass(frozen=True)
+class SourceScored:
+    """The source's own score on the evaluation text."""
+
+    score: Score
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An output did not pass its verification and has no final name; the others go on."""
+
+    output: Output
+    error: VerifyError
+
+
+Event = Progress | TensorDone | VariantDone | SourceScored | Failed
+
+
+@dataclass
+class _Product:
+    """An output being made: where its bytes go for now, the hashes of what was written, the time it took."""
+
+    output: Output
+    partial: Path
+    staging: ExitStack  # closing it gives the product its final name
+    writing: ExitStack  # closing it completes the files
+    writer: Any
+    digests: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+Sums = dict[tuple[int, str], tuple[Tensor, int]]  # (block, activation) -> sums of squares (K,), rows
+
+
+def convert(
+    model: Model,
+    plan: Plan,
+    out: Path,
+    device: torch.device,
+    calibration: Tensor | None,
+    text: Text | None,
+    evaluation: Tensor | None,
+    force: bool = False,
+) -> Iterator[Event]:
+    """Make every output of `plan` under `out`.
+
+    `calibration` are token ids (rows, seqlen), `text` what they were taken from, `evaluation` chunks (n, ctx) to score
+    on; None where nothing is calibrated or scored. Raises UsageError where an output is already there and `force` is
+    not given, Resumable where the disk is too full; outputs that were not complete then are gone.
+    """
+    claim(out, plan, force)
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        require_space(out, plan.disk)
+        yield from _convert(model, plan, out, device, calibration, text, evaluation, force)
+    finally:
+        if made and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+
+
+def claim(out: Path, plan: Plan, force: bool) -> None:
+    """Refuse an output folder that holds something, unless `force`; then refuse what is not ours to replace."""
+    if out.exists() and not out.is_dir():
+        raise UsageError("is a file", where=out, hint="give a folder with -o")
+    if out.exists() and any(out.iterdir()) and not force:
+        raise UsageError("the output folder is not empty", where=out, hint="choose another, or pass --force to replace")
+    for o in plan.outputs:
+        if o.is_folder and (out / o.path).is_file():
+            raise UsageError("a file has the name of an output folder", where=out / o.path, hint="move it away")
+
+
+def _convert(
+    model: Model,
+    plan: Plan,
+    out: Path,
+    device: torch.device,
+    calibration: Tensor | None,
+    text: Text | None,
+    evaluation: Tensor | None,
+    force: bool,
+) -> Iterator[Event]:
+    net = network(model, device) if plan.calibrated or evaluation is not None else None
+    with ExitStack() as all_products:
+        products = [_open(o, out, force, all_products) for o in plan.outputs]
+        sums: Sums = {}
+        yield from _solve(model, net, products, device, calibration if plan.calibrated else None, sums)
+        if sums and calibration is not None and text is not None and any(o.format == "gguf" for o in plan.outputs):
+            write_imatrix(out / IMATRIX_FILE, imatrix_of(model, sums, text.name, calibration))
+        finished = []
+        for p in products:
+            passed = yield from _finish(p)
+            finished += [p] if passed else []
+    if net is None or evaluation is None:
+        yield from (VariantDone(p.output, p.seconds, None) for p in finished)
+        return
+    reference = yield from _predict(net, evaluation, "scoring the source")
+    yield SourceScored(score(reference, evaluation))
+    for p in finished:
+        variant = network(open_model(out / p.output.path), device)
+        predictions = yield from _predict(variant, evaluation, f"scoring {p.output.target}")
+        yield VariantDone(p.output, p.seconds, score(predictions, evaluation, reference))
+
+
+def _open(output: Output, out: Path, force: bool, parent: ExitStack) -> _Product:
+    staging = parent.enter_context(ExitStack())
+    partial = staging.enter_context(staged(out / output.path, replace=force))
+    writing = staging.enter_context(ExitStack())
+    return _Product(output, partial, staging, writing, writing.enter_context(output.writer(partial)))
+
+
+def _solve(
+    model: Model,
+    net: Network | None,
+    products: list[_Product],
+    device: torch.device,
+    calibration: Tensor | None,
+    sums: Sums,
+) -> Iterator[Event]:
+    """Walk over the source once and write every output; what an importance matrix needs is left in `sums`."""
+    outer = list(model.outer().items())
+    total = len(outer) + model.layers
+    stage = "calibrating and solving" if calibration is not None else "writing"
+    yield Progress(stage, 0, total)
+    for done, (name, ref) in enumerate(outer):
+        yield from _each(products, Piece(model, {name: ref}, {name: ref.read().to(device)}, {}))
+        yield Progress(stage, done + 1, total)
+    states = embed(net, calibration) if net and calibration is not None else None
+    for layer in range(model.layers):
+        refs = {ref.placed.hf: ref for ref in model.block(layer).values()}
+        weights = {name: ref.read().to(device) for name, ref in refs.items()}
+        stats = _statistics(net, states, layer, weights) if net and states else {}
+        yield from _each(products, Piece(model, refs, weights, stats))
+        sums |= {(layer, name): (s.gram.diagonal().cpu().clone(), s.rows) for name, s in stats.items()}
+        yield Progress(stage, len(outer) + layer + 1, total)
+
+
+def _statistics(net: Network, states: States, layer: int, weights: dict[str, Tensor]) -> dict[str, Stats]:
+    prefix = f"model.layers.{layer}."
+    with (
+        net.block(layer, {n.removeprefix(prefix): w for n, w in weights.items()}) as block,
+        watching(block, readers(net.model), net.device) as stats,
+    ):
+        run(states, layer, block, net.device)
+    return stats
+
+
+def _each(products: list[_Product], piece: Piece) -> Iterator[Event]:
+    """Hand a piece to every output, and write what comes back."""
+    for p in products:
+        rows = {r.source: r for r in p.output.rows}
+        start = time.perf_counter()
+        for solved in p.output.solve(piece):
+            p.digests[solved.source] = digest(solved.value)
+            for name, part in solved.parts.items():
+                p.writer.write(name, part.cpu())
+            seconds, start = time.perf_counter() - start, time.perf_counter()
+            p.seconds += seconds
+            yield TensorDone(p.output.target, rows[solved.source], solved.loss, seconds)
+
+
+def _finish(p: _Product) -> Generator[Event, None, bool]:
+    """Complete, verify and name one output; the value of `yield from` says whether it passed."""
+    start, stage = time.perf_counter(), f"verifying {p.output.target}"
+    p.writing.close()
+    try:
+        for done, _ in enumerate(verify(p.output, p.partial, p.digests)):
+            yield Progress(stage, done + 1, len(p.output.rows))
+    except VerifyError as e:
+        p.staging.__exit__(type(e), e, e.__traceback__)
+        yield Failed(p.output, e)
+        return False
+    p.staging.close()
+    p.seconds += time.perf_counter() - start
+    return True
+
+
+def _predict(net: Network, chunks: Tensor, stage: str) -> Generator[Event, None, Predictions]:
+    yield Progress(stage, 0, net.model.layers)
+    for step in predict(net, chunks):
+        if isinstance(step, Predictions):
+            return step
+        yield Progress(stage, step + 1, net.model.layers)
+    raise AssertionError("a network predicts")
+
+
+def imatrix_of(model: Model, sums: Sums, text: str, calibration: Tensor) -> Imatrix:
+    """The importance matrix of the calibration: one entry for every quantized matrix, by its GGUF name."""
+    entries = {}
+    for layer in range(model.layers):
+        for ref in model.block(layer).values():
+            if activation := reads(ref):
+                entries[ref.placed.gguf] = sums[layer, activation]
+    rows, seqlen = calibration.shape
+    totals = {n: total for n, (total, _) in entries.items()}
+    counts = {n: count for n, (_, count) in entries.items()}
+    return Imatrix(totals, counts, text, rows, seqlen)

@@ -1,0 +1,160 @@
+"""`Plan`: every output of a conversion before it begins: each tensor's type, each file's exact size, time and memory.
+
+No weight is read. Sizes are exact, because layouts are; memory and time are estimates, from the widths of the model and
+one short matrix product on the device.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from quantkit.evaluate import HEAD_TOKENS
+from quantkit.forward import BATCH_TOKENS
+from quantkit.model import Model
+from quantkit.recipe import Recipe
+from quantkit.targets import Calibration, Output, plan_output
+from quantkit.targets.target import linear
+
+# Resident before any weight is read, measured: the interpreter with torch and transformers imported.
+BASE_BYTES = 600 * 2**20
+# Of the peak matmul speed, what a forward pass or a solver reaches (measured on two CPU cores, SmolLM2-135M).
+EFFICIENCY = 0.4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Outputs to make, and what making them takes: bytes, and estimated seconds by stage (as `convert` names them)."""
+
+    outputs: tuple[Output, ...]
+    peak_ram: int
+    peak_vram: int
+    stages: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(self.stages.values())
+
+    @property
+    def disk(self) -> int:
+        """Bytes of all outputs."""
+        return sum(o.nbytes for o in self.outputs)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any output needs activation statistics."""
+        return any(o.calibrated for o in self.outputs)
+
+    def record(self) -> dict[str, Any]:
+        """The dry run as JSON."""
+        return {
+            "outputs": [
+                {
+                    "target": o.target,
+                    "format": o.format,
+                    "path": o.path,
+                    "bytes": o.nbytes,
+                    "note": o.note,
+                    "tensors": [
+                        {
+                            "name": r.name,
+                            "shape": list(r.shape),
+                            "source_type": r.source_type,
+                            "type": r.type,
+                            "solver": r.solver,
+                            "bytes": r.nbytes,
+                        }
+                        for r in o.rows
+                    ],
+                }
+                for o in self.outputs
+            ],
+            "peak_ram_bytes": self.peak_ram,
+            "peak_vram_bytes": self.peak_vram,
+            "disk_bytes": self.disk,
+            "seconds_estimate": round(self.seconds, 1),
+        }
+
+
+def make_plan(model: Model, recipe: Recipe, device: torch.device, rows: int | None = None) -> Plan:
+    """Plan every target of `recipe`; `rows` is what the calibration text really gives, where that is known.
+
+    Raises UsageError for a target that is unknown or that a shape of the model does not fit.
+    """
+    calibration = Calibration(recipe.calibration, rows or recipe.samples, recipe.seqlen)
+    outputs = tuple(plan_output(name, model, calibration) for name in recipe.to)
+    working = _working_bytes(model, recipe, any(o.calibrated for o in outputs))
+    states = _state_bytes(model, recipe)
+    on_gpu = device.type == "cuda"
+    return Plan(
+        outputs,
+        peak_ram=BASE_BYTES + states + (_largest(model) if on_gpu else working),
+        peak_vram=working if on_gpu else 0,
+        stages=_seconds(model, recipe, outputs, _flops_per_second(device) * EFFICIENCY),
+    )
+
+
+def _largest(model: Model) -> int:
+    return 4 * max(prod(r.shape) for r in model.tensors.values())
+
+
+def _grams(model: Model) -> list[int]:
+    """The widths of the activations of one block."""
+    readers = {r.placed.weight.reads: r.shape[1] for r in model.block(0).values() if len(r.shape) > 1}
+    return list(readers.values())
+
+
+def _working_bytes(model: Model, recipe: Recipe, calibrated: bool) -> int:
+    """Weights, statistics and temporaries at the fullest moment: a block being solved, or the heads being scored."""
+    block = 4 * sum(prod(r.shape) for r in model.block(0).values())
+    if calibrated:
+        block += 4 * sum(k * k for k in _grams(model)) + 4 * 4 * max(_grams(model)) ** 2 + 2 * block
+    block += 4 * BATCH_TOKENS * 4 * model.config["intermediate_size"]
+    vocab = model.config["vocab_size"]
+    head = 2 * 4 * vocab * model.config["hidden_size"] + 4 * 4 * HEAD_TOKENS * vocab
+    return max(block, 2 * _largest(model), head if recipe.eval_text else 0)
+
+
+def _state_bytes(model: Model, recipe: Recipe) -> int:
+    tokens = max(recipe.samples * recipe.seqlen, (recipe.eval_chunks or 32) * recipe.ctx * 2)
+    return 4 * tokens * model.config["hidden_size"]
+
+
+# Products with a Gram matrix, or work that costs as much, that each kind of output makes for every matrix.
+_PRODUCTS = {"gptq": 4, "awq": 24, "gguf": 4}
+_READ_BYTES_PER_SECOND = 400e6  # of float32 weights decoded, hashed and compared, measured on two CPU cores
+
+
+def _seconds(model: Model, recipe: Recipe, outputs: tuple[Output, ...], speed: float) -> dict[str, float]:
+    params = sum(prod(r.shape) for r in linear(model).values())
+    calibrated = any(o.calibrated for o in outputs)
+    reading = 4 * model.parameters / _READ_BYTES_PER_SECOND
+    solving = reading * (1 + len(outputs))
+    if calibrated:
+        tokens = recipe.samples * recipe.seqlen
+        per_column = sum(2 * r.shape[0] * r.shape[1] ** 2 for r in linear(model).values())
+        flops = 2 * tokens * (params + model.layers * sum(k * k for k in _grams(model)))
+        solving += (flops + per_column * sum(_PRODUCTS.get(o.format, 0) for o in outputs)) / speed
+    stages = {"calibrating and solving" if calibrated else "writing": solving}
+    stages |= {f"verifying {o.target}": reading for o in outputs}
+    if recipe.eval_text:
+        tokens = (recipe.eval_chunks or 24) * recipe.ctx
+        head = model.config["vocab_size"] * model.config["hidden_size"]
+        scoring = reading + 2 * tokens * (params + head) / speed
+        stages |= {"scoring the source": scoring} | {f"scoring {o.target}": scoring for o in outputs}
+    return stages
+
+
+def _flops_per_second(device: torch.device) -> float:
+    a = torch.randn(1024, 1024, device=device)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(4):
+        a = a @ a / 32
+    a.sum().item()
+    return 4 * 2 * 1024**3 / (time.perf_counter() - start)

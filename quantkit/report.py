@@ -1,0 +1,136 @@
+"""The report of a conversion: what was made, from what, how, and how good it is. `report.json` holds it all.
+
+The JSON's keys are a contract (README, "The report"). It holds all that a second run needs: the recipe, the hashes of
+source and texts, the versions of what computed it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quantkit.convert import TensorDone, VariantDone
+from quantkit.corpus import Text
+from quantkit.evaluate import Score
+from quantkit.model import Model
+from quantkit.recipe import Recipe
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "gguf", "libggml-python", "numpy", "safetensors")
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """What `inspect` shows of a model; reads headers only."""
+    get = model.gguf.get if model.gguf else lambda key, default=None: default
+    return {
+        "name": model.name,
+        "path": str(model.path),
+        "format": model.format,
+        "architecture": model.arch.gguf,
+        "parameters": model.parameters,
+        "bytes": source_bytes(model),
+        "bits_per_weight": round(8 * model.nbytes / model.parameters, 4),
+        "types": dict(Counter(t.type for t in model.tensors.values()).most_common()),
+        "layers": model.layers,
+        "hidden_size": model.config["hidden_size"],
+        "heads": model.config["num_attention_heads"],
+        "kv_heads": model.config["num_key_value_heads"],
+        "context": model.config["max_position_embeddings"],
+        "vocabulary": model.config["vocab_size"],
+        "tokenizer": get("tokenizer.ggml.model"),
+        "pre_tokenizer": get("tokenizer.ggml.pre"),
+        "chat_template": model.tokenizer().chat_template is not None,
+        "license": get("general.license"),
+    }
+
+
+def source_bytes(model: Model) -> int:
+    """Bytes of the files a model is read from."""
+    if model.gguf:
+        return model.gguf.nbytes
+    return sum(p.stat().st_size for p in model.path.iterdir() if p.is_file())
+
+
+def fingerprint(model: Model) -> dict[str, str]:
+    """SHA-256 of every file that holds weights, by name."""
+    files = model.gguf.paths if model.gguf else sorted(model.path.glob("*.safetensors"))
+    out = {}
+    for path in files:
+        with open(path, "rb") as f:
+            out[Path(path).name] = hashlib.file_digest(f, "sha256").hexdigest()
+    return out
+
+
+def text_record(text: Text, ids: Tensor) -> dict[str, Any]:
+    """What a text was, and the rows of tokens that were taken from it."""
+    return {
+        "name": text.name,
+        "source": text.source,
+        "sha256": text.sha256,
+        "rows": ids.shape[0],
+        "seqlen": ids.shape[1],
+        "tokens": ids.numel(),
+    }
+
+
+def variant_record(done: VariantDone, tensors: list[TensorDone], parameters: int) -> dict[str, Any]:
+    """One variant of the report. Scores are null where nothing was scored."""
+    score = done.score.record() if done.score else {}
+    return {
+        "target": done.output.target,
+        "format": done.output.format,
+        "path": done.output.path,
+        "bytes": done.output.nbytes,
+        "bits_per_weight": round(8 * sum(r.nbytes for r in done.output.rows) / parameters, 4),
+        "perplexity": score.get("perplexity"),
+        "stderr": score.get("stderr"),
+        "delta_ln_ppl": score.get("delta_ln_ppl"),
+        "kl_divergence": score.get("kl_divergence"),
+        "same_top": score.get("same_top"),
+        "verified": True,
+        "seconds": round(done.seconds, 2),
+        "note": done.output.note,
+        "tensors": [
+            {
+                "name": t.row.name,
+                "source_type": t.row.source_type,
+                "type": t.row.type,
+                "solver": t.row.solver,
+                "bytes": t.row.nbytes,
+                "loss": t.loss,
+                "seconds": round(t.seconds, 4),
+            }
+            for t in tensors
+        ],
+    }
+
+
+def report(
+    model: Model,
+    recipe: Recipe,
+    source_score: Score | None,
+    variants: list[dict[str, Any]],
+    calibration: dict[str, Any] | None,
+    evaluation: dict[str, Any] | None,
+    device: str,
+    warnings: list[str],
+) -> dict[str, Any]:
+    """The whole report."""
+    scored = source_score.record() if source_score else {}
+    return {
+        "source": describe(model)
+        | {"sha256": fingerprint(model), "perplexity": scored.get("perplexity"), "stderr": scored.get("stderr")},
+        "variants": variants,
+        "calibration": calibration,
+        "evaluation": evaluation,
+        "recipe": recipe.model_dump(mode="json"),
+        "warnings": warnings,
+        "device": device,
+        "versions": {"quantkit": version("gguf-quantkit"), "python": platform.python_version()}
+        | {name: version(name) for name in LIBRARIES},
+    }

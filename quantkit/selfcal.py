@@ -1,0 +1,64 @@
+"""`self`: calibration text that the model writes for itself - no network, no foreign text, the model's own register.
+
+Sequences are sampled at temperature 1 from BOS or, for a tokenizer without it, from a token drawn at random (as in
+LLM-QAT, Liu et al. 2023, arXiv:2305.17888). Seeded, and cached by model and settings: it costs a forward pass a token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantkit.corpus import Text
+from quantkit.errors import UsageError
+from quantkit.files.atomic import staged
+from quantkit.forward import generate, network
+from quantkit.model import Model
+
+
+def cache_folder() -> Path:
+    """Where quantkit keeps what can be made again: $QUANTKIT_CACHE, or `quantkit` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("QUANTKIT_CACHE") or Path(base) / "quantkit")
+
+
+def self_calibration(model: Model, samples: int, seqlen: int, seed: int, device: torch.device) -> tuple[Text, Tensor]:
+    """The text and its token ids (samples, seqlen). UsageError where the whole model does not fit in memory."""
+    key = hashlib.sha256(json.dumps([_identity(model), samples, seqlen, seed]).encode()).hexdigest()
+    path = cache_folder() / "self" / f"{key[:32]}.json"
+    if path.is_file():
+        ids = torch.tensor(json.loads(path.read_text()))
+    else:
+        ids = _write(model, samples, seqlen, seed, device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with staged(path) as partial:
+            partial.write_text(json.dumps(ids.tolist()))
+    tokenizer = model.tokenizer()
+    documents = tuple(tokenizer.decode(row) for row in ids.tolist())
+    sha = hashlib.sha256("\0".join(documents).encode()).hexdigest()
+    return Text("self", documents, sha, f"written by the model, seed {seed}"), ids
+
+
+def _identity(model: Model) -> list[object]:
+    tensors = [(n, r.type, list(r.shape)) for n, r in model.tensors.items()]
+    norm = model.tensors["model.norm.weight"].read()
+    return [model.config, tensors, hashlib.sha256(norm.numpy().tobytes()).hexdigest()]
+
+
+def _write(model: Model, samples: int, seqlen: int, seed: int, device: torch.device) -> Tensor:
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cpu" and (need := 4 * model.parameters) > free:
+        raise UsageError(
+            f"writing its own text needs the whole model in memory: {need:,} bytes, {free:,} are free",
+            where="--calibration self",
+            hint="use --calibration default",
+        )
+    tokenizer = model.tokenizer()
+    drawn = torch.randint(model.config["vocab_size"], (samples, 1), generator=torch.Generator().manual_seed(seed))
+    start = drawn if tokenizer.bos is None else torch.full((samples, 1), tokenizer.bos)
+    return generate(network(model, device), start, seqlen, seed)

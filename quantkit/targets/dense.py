@@ -1,0 +1,28 @@
+"""Plain floats in an HF folder: `fp16`, `bf16`, `fp32`. The way back from a quantized GGUF to what other tools take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+
+from quantkit.model import Model
+from quantkit.targets.target import Calibration, Family, Output, Piece, Solved, dense, folder_output
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def plan(match: re.Match[str], model: Model, calibration: Calibration | None) -> Output:
+    """A folder with every tensor as one float type; nothing is calibrated."""
+    name = match[0].lower()
+    dtype = DTYPES[name]
+
+    def solve(piece: Piece) -> Iterator[Solved]:
+        for tensor, weight in piece.weights.items():
+            yield dense(tensor, weight, dtype)
+
+    return folder_output(name, name, f"every tensor as {name}", model, {}, "cast", solve, dtype)
+
+
+FAMILY = Family("fp16, bf16, fp32", re.compile(r"fp16|bf16|fp32", re.IGNORECASE), plan)

@@ -1,0 +1,217 @@
+"""What a finished product is: `Family` (a kind of target), `Output` (one planned product), and what travels between.
+
+A family is one file in this folder: the names it answers to, and a function that plans an `Output` for a model. An
+output knows every tensor and byte before any weight is read, and how to solve the pieces it will be handed one by one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import BadInput, UsageError
+from quantkit.files import gguf_writer, safetensors
+from quantkit.model import Model, Ref
+from quantkit.stats import Stats, error
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration that outputs are planned for: the text's name, and rows x seqlen tokens."""
+
+    text: str
+    rows: int
+    seqlen: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of an output: its name there, its HF name in the source, what it was, becomes, and by which solver."""
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    source_type: str
+    type: str
+    solver: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a solver has at hand: one block, or one tensor outside; weights float32 in HF layout, by HF name.
+
+    `stats` holds the statistics of the block's activations, by the names of the architecture table.
+    """
+
+    model: Model
+    refs: Mapping[str, Ref]
+    weights: Mapping[str, Tensor]
+    stats: Mapping[str, Stats]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One tensor done: the parts to write, the float32 weight that a reader must get back, and the error made.
+
+    `loss` is the share of the output's energy that the change of the weight costs on the calibration activations,
+    tr(delta G delta^T) / tr(W G W^T); for a tensor that reads no activation, of the weight's own energy.
+    """
+
+    source: str
+    parts: dict[str, Tensor]
+    value: Tensor
+    loss: float
+
+
+@dataclass(frozen=True)
+class Output:
+    """One planned product: a folder in HF format (`texts` are its small files) or one GGUF file."""
+
+    target: str
+    format: str
+    path: str  # relative to the output folder
+    note: str  # what was chosen, in words
+    rows: tuple[Row, ...]
+    layout: safetensors.Layout | gguf_writer.Layout
+    solve: Callable[[Piece], Iterator[Solved]]
+    calibrated: bool
+    texts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that will be written."""
+        return self.layout.nbytes + sum(len(t.encode()) for t in self.texts.values())
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the product is a folder and not a file."""
+        return isinstance(self.layout, safetensors.Layout)
+
+    def writer(self, path: Path) -> safetensors.FolderWriter | gguf_writer.GGUFWriter:
+        """Open the product for writing at `path`; a folder's small files are written at once."""
+        if isinstance(self.layout, gguf_writer.Layout):
+            return gguf_writer.GGUFWriter(path, self.layout)
+        path.mkdir()
+        for name, text in self.texts.items():
+            (path / name).write_text(text, encoding="utf-8")
+        return safetensors.FolderWriter(path, self.layout)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of target: how its names look (`pattern`, shown to users as `usage`), and how to plan one."""
+
+    usage: str
+    pattern: re.Pattern[str]
+    plan: Callable[[re.Match[str], Model, Calibration | None], Output]
+
+
+def weight_loss(weight: Tensor, value: Tensor, stats: Stats | None) -> float:
+    """The relative error of `value` for `weight`; see `Solved`. 0 for a weight of zeros kept as zeros."""
+    delta = value - weight
+    made, full = (
+        (delta.square().sum(), weight.square().sum())
+        if stats is None or weight.dim() != 2
+        else (error(delta, stats.gram), error(weight, stats.gram))
+    )
+    return (made / full.clamp_min(1e-30)).clamp_min(0).item()
+
+
+def linear(model: Model) -> dict[str, Ref]:
+    """The weights that solvers quantize: the matrices of the blocks that read an activation, by HF name."""
+    return {n: r for n, r in model.tensors.items() if r.placed.weight.reads and n.endswith(".weight")}
+
+
+def readers_of(piece: Piece) -> dict[str, list[str]]:
+    """The matrices of a piece by the activation they read, as HF names."""
+    groups: dict[str, list[str]] = {}
+    for name, ref in piece.refs.items():
+        if ref.placed.weight.reads and name.endswith(".weight"):
+            groups.setdefault(ref.placed.weight.reads, []).append(name)
+    return groups
+
+
+def fitting_group(model: Model, asked: int | None, choices: Sequence[int] = (128, 64, 32)) -> tuple[int, str]:
+    """The group size and the words that explain it; UsageError naming the first tensor that `asked` does not divide."""
+    widths = sorted({r.shape[1] for r in linear(model).values()})
+    fits = [g for g in choices if all(w % g == 0 for w in widths)]
+    if asked is None:
+        if not fits:
+            raise UsageError(
+                f"no group size of {', '.join(map(str, choices))} divides the input widths {widths}",
+                hint="choose a GGUF target, whose types fall back tensor by tensor",
+            )
+        return fits[0], f"group {fits[0]}: the largest of {', '.join(map(str, choices))} that divides {widths}"
+    for name, ref in linear(model).items():
+        if ref.shape[1] % asked:
+            hint = f"use group size {fits[0]}" if fits else "no usual group size fits this model"
+            raise UsageError(f"its input width {ref.shape[1]} is no multiple of {asked}", where=name, hint=hint)
+    return asked, f"group {asked} as asked"
+
+
+def require_multiples(model: Model, rows: int, columns: int, reader: str) -> None:
+    """Hold every quantized matrix against a reader's shape limits before anything is computed."""
+    for name, ref in linear(model).items():
+        if ref.shape[0] % rows or ref.shape[1] % columns:
+            raise UsageError(
+                f"its shape {ref.shape} is not in multiples of ({rows}, {columns}), which {reader} needs",
+                where=name,
+                hint="choose a GGUF target, whose types fall back tensor by tensor",
+            )
+
+
+def cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` as `dtype`; BadInput where a finite value would become infinite."""
+    out = weight.to(dtype)
+    if not bool(torch.isfinite(out).all()):
+        raise BadInput(
+            f"holds {weight.abs().max().item():.3g}, which {str(dtype).removeprefix('torch.')} cannot hold",
+            where=name,
+            hint="convert to bf16 or a GGUF type",
+        )
+    return out
+
+
+def dense(name: str, weight: Tensor, dtype: torch.dtype) -> Solved:
+    """A tensor kept as plain numbers of `dtype`."""
+    out = cast(name, weight, dtype)
+    return Solved(name, {name: out}, out.float(), weight_loss(weight, out.float(), None))
+
+
+def folder_output(
+    target: str,
+    format: str,
+    note: str,
+    model: Model,
+    parts: Mapping[str, Sequence[safetensors.Spec]],
+    solver: str,
+    solve: Callable[[Piece], Iterator[Solved]],
+    dtype: torch.dtype,
+    quantization: dict[str, Any] | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> Output:
+    """Plan an HF folder: quantized tensors as `parts` lays them out (by HF name), all others cast to `dtype`."""
+    plain = str(dtype).removeprefix("torch.")
+    rows, specs = [], []
+    for name, ref in model.tensors.items():
+        own = list(parts.get(name, [(name, dtype, ref.shape)]))
+        nbytes = sum(prod(shape) * d.itemsize for _, d, shape in own)
+        kind, how = (target, solver) if name in parts else (plain, "cast")
+        rows.append(Row(name, name, ref.shape, ref.type, kind, how, nbytes))
+        specs += own
+    config = {k: v for k, v in model.config.items() if k not in ("quantization_config", "dtype")}
+    config["torch_dtype"] = plain
+    if quantization:
+        config["quantization_config"] = quantization
+    texts = {"config.json": json.dumps(config, indent=2) + "\n"} | dict(model.files) | dict(extra or {})
+    layout = safetensors.layout_folder(specs)
+    return Output(target, format, target, note, tuple(rows), layout, solve, quantization is not None, texts)

@@ -1,0 +1,53 @@
+"""Every output is read back from disk before it gets its name, and compared with what the solver returned.
+
+Packed folders are taken apart by `codecs.packed.unpack_*`, GGUF blocks by the torch decoders: neither is the code that
+wrote them. What is compared is a hash of the float32 weight each tensor stands for, so nothing has to be kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantkit.codecs import decode_torch, lookup
+from quantkit.errors import QuantkitError, VerifyError
+from quantkit.model import Model, open_model
+from quantkit.targets import Output
+
+
+def digest(value: Tensor) -> str:
+    """A hash of a weight's float32 values; the sign of a zero does not count."""
+    plain = (value.detach().float() + 0.0).cpu().contiguous()
+    return hashlib.blake2b(plain.numpy().data, digest_size=16).hexdigest()
+
+
+def verify(output: Output, path: Path, digests: Mapping[str, str]) -> Iterator[str]:
+    """Reopen `output` at `path` and hold every tensor against its digest (by HF name), yielding each name when done.
+
+    Opening holds names, shapes and configuration against the architecture. Raises VerifyError.
+    """
+    found = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+    if found != output.nbytes:
+        raise VerifyError(f"has {found:,} bytes where {output.nbytes:,} were planned", where=output.path)
+    try:
+        model = open_model(path)
+    except QuantkitError as e:
+        raise VerifyError(f"does not open again ({e})", where=output.path) from e
+    for row in output.rows:
+        value = _read(model, row.source)
+        if not bool(torch.isfinite(value).all()):
+            raise VerifyError(f"the tensor {row.name} holds values that are not finite", where=output.path)
+        if digest(value) != digests[row.source]:
+            raise VerifyError(f"the tensor {row.name} does not read back as it was solved", where=output.path)
+        yield row.name
+
+
+def _read(model: Model, name: str) -> Tensor:
+    if model.gguf is None:
+        return model.tensors[name].read()
+    info = model.gguf.tensors[model.tensors[name].placed.gguf]
+    return decode_torch(lookup(info.type), model.gguf.raw(info.name)).view(info.shape)

