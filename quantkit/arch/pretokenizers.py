@@ -10,8 +10,8 @@ except where llama.cpp is known to fall short of the tokenizer that a model was 
 
 - It has no normalizer. The `nfc` rows compose characters first, as these models' tokenizers do (transformers,
   `tokenization_qwen2.py`, `tokenization_cohere.py`, `tokenization_gpt_neox.py`).
-- Its regex engine knows neither `\p{Lu}` nor `\p{Ll}`, and groups digits by hand. The rows of `cased` are the models'
-  own expressions, which llama.cpp quotes in comments beside its approximations.
+- Its regex engine knows neither `\p{Lu}` nor `\p{Ll}`. The rows of `cased` are the models' own expressions (`tekken`:
+  mistral-common, `data/tekken_240911.json`), which llama.cpp quotes in comments beside its approximations.
 
 Left out are encoders and embedding models, and `kimi-k2`, which has no merges.
 """
@@ -112,7 +112,6 @@ ROWS: tuple[tuple[PreTokenizer, tuple[str, ...]], ...] = (
     ),
     (PreTokenizer((cased("", r"\p{N}"),), ignore_merges=True, add_bos=True), ("tekken",)),
     (PreTokenizer((cased(f"{CONTRACTION}?", r"\p{N}{1,3}"),)), ("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2")),
-    (PreTokenizer((r"\d{1,3}(?=(?:\d{3})*\b)", cased(f"{CONTRACTION}?", r"\p{N}{1,3}"))), ("tiny_aya", "cohere2moe")),
     (
         PreTokenizer(
             ("[\r\n]", rf"\s?[{LATIN_GREEK_CYRILLIC}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", CJK, r"\p{N}+")

@@ -58,16 +58,21 @@ def load_tokenizer(files: Mapping[str, str]) -> Tokenizer:
         raise BadInput("the model has no such file", where="tokenizer.json", hint="save it with a fast tokenizer first")
     try:
         backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
-        config = json.loads(files.get("tokenizer_config.json", "{}"))
     except Exception as error:  # the library raises bare Exception
         raise BadInput(f"not a tokenizer: {error}", where="tokenizer.json") from error
-    bos, eos = (_named_id(backend, config, name) for name in ("bos_token", "eos_token"))
+    try:
+        config = json.loads(files.get("tokenizer_config.json", "{}"))
+    except ValueError as error:
+        raise BadInput(f"not JSON: {error}", where="tokenizer_config.json") from error
+    backend.no_truncation()  # some folders carry the settings of a training run
+    backend.no_padding()
     added, plain = (backend.encode("a", add_special_tokens=flag).ids for flag in (True, False))
+    add_bos = added[:1] != plain[:1]
     return Tokenizer(
         backend=backend,
-        bos=bos,
-        eos=eos,
-        add_bos=bos is not None and added[:1] == [bos] and plain[:1] != [bos],
+        bos=added[0] if add_bos else _named_id(backend, config, "bos_token"),
+        eos=_named_id(backend, config, "eos_token"),
+        add_bos=add_bos,
         chat_template=files.get("chat_template.jinja") or _template(config),
     )
 
@@ -168,7 +173,7 @@ def _added_tokens(v: Vocabulary) -> list[dict[str, Any]]:
             "content": token,
             "single_word": False,
             "lstrip": False,
-            "rstrip": v.strips_right and (token == "</s>" or token not in ("<unk>", "<s>", "<|endoftext|>")),
+            "rstrip": v.strips_right and token not in ("<unk>", "<s>", "<|endoftext|>"),
             "normalized": False,
             "special": kind in (Kind.CONTROL, Kind.UNKNOWN),
         }
@@ -179,8 +184,8 @@ def _added_tokens(v: Vocabulary) -> list[dict[str, Any]]:
 
 def _post_processor(v: Vocabulary) -> dict[str, Any] | None:
     """BOS before every sequence and EOS after it, where the vocabulary asks for them."""
-    before = [v.bos] if v.add_bos else []
-    after = [v.eos] if v.add_eos else []
+    before = [v.bos] if v.add_bos and v.bos is not None else []
+    after = [v.eos] if v.add_eos and v.eos is not None else []
     if not before and not after:
         return None
 

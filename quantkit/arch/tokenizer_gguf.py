@@ -175,7 +175,7 @@ def _scored(metadata: Mapping[str, Any], tokens: tuple[str, ...]) -> tuple[tuple
 
 def _listed(metadata: Mapping[str, Any], tokens: frozenset[str]) -> tuple[tuple[str, str], ...]:
     """The merges as pairs; the first of a repeated pair counts."""
-    pairs = {}
+    pairs: dict[tuple[str, str], None] = {}
     for text in map(str, _required(metadata, "merges")):
         cut = text.find(" ", 1)  # a piece that begins with a space is still whole
         left, right = text[:cut], text[cut + 1 :]
