@@ -8,17 +8,17 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as T
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 CONFIG = {
     "vocab_size": 320,
     "hidden_size": 256,
     "intermediate_size": 512,
     "num_hidden_layers": 3,
-    "num_attention_heads": 6,
+    "num_attention_heads": 8,
     "num_key_value_heads": 2,
-    "head_dim": 64,
+    "head_dim": 48,
     "max_position_embeddings": 640,
     "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 40000.0},
@@ -41,7 +41,7 @@ NAMES = {
 
 def vocabulary() -> tuple[list[str], list[int]]:
     """Two control tokens, the 256 bytes, and words up to the vocabulary's size; the GGUF kind of each."""
-    bytes_ = list(bytes_to_unicode().values())
+    bytes_ = sorted(ByteLevel.alphabet())
     words = [a + b for a in "etaoinsr" for b in "etaoinsrhl"]
     tokens = ["<|s|>", "<|e|>", *bytes_, *words][: CONFIG["vocab_size"]]
     return tokens, [3, 3, *[1] * (len(tokens) - 2)]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-out = Console(highlight=False)
+# A table in a log or a pipe is not folded to the 80 columns of a terminal that is not there.
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, highlight=False)
 
 
@@ -69,11 +72,11 @@ def variants_table(report: Mapping[str, Any]) -> Table:
     title = "No variant was scored"
     if evaluation:
         title = f"Scored on {evaluation['name']}: {evaluation['rows']} chunks of {evaluation['seqlen']} tokens"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("variant", "format"):
-        table.add_column(name)
-    for name in ("bits/weight", "size", "perplexity", "change", "mean KL", "same top"):
-        table.add_column(name, justify="right")
+        table.add_column(name, no_wrap=True)
+    for name in ("bits", "size", "perplexity", "change", "mean KL", "same top"):
+        table.add_column(name, justify="right", no_wrap=True)
     rows = [{**source, "target": "(source)"}, *report["variants"]]
     for v in rows:
         scored = v.get("perplexity") is not None
@@ -85,7 +88,7 @@ def variants_table(report: Mapping[str, Any]) -> Table:
             size(v["bytes"]),
             f"{v['perplexity']:.3f} ± {v['stderr']:.3f}" if scored else "",
             f"{100 * math.expm1(v['delta_ln_ppl']):+.2f}%" if v.get("delta_ln_ppl") is not None else "",
-            f"{kl['mean']:.5f} ± {kl['stderr']:.5f}" if kl else "",
+            f"{kl['mean']:.5f}" if kl else "",
             f"{100 * v['same_top']:.2f}%" if v.get("same_top") is not None else "",
         )
     return table
