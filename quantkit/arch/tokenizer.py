@@ -70,14 +70,14 @@ def load_tokenizer(files: Mapping[str, str]) -> Tokenizer:
     add_bos = added[:1] != plain[:1]
     return Tokenizer(
         backend=backend,
-        bos=added[0] if add_bos else _named_id(backend, config, "bos_token"),
-        eos=_named_id(backend, config, "eos_token"),
+        bos=added[0] if add_bos else named_id(backend, config, "bos_token"),
+        eos=named_id(backend, config, "eos_token"),
         add_bos=add_bos,
         chat_template=files.get("chat_template.jinja") or _template(config),
     )
 
 
-def _named_id(backend: tokenizers.Tokenizer, config: Mapping[str, Any], name: str) -> int | None:
+def named_id(backend: tokenizers.Tokenizer, config: Mapping[str, Any], name: str) -> int | None:
     """The id of `bos_token` and its like, given as a text or as the record of an added token."""
     token = config.get(name)
     text = token.get("content") if isinstance(token, dict) else token
