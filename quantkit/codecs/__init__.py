@@ -28,13 +28,14 @@ _FAMILIES = (legacy, kquants, iquants, ternary, microscaling)
 
 CODECS: Mapping[str, Codec] = MappingProxyType({codec.name: codec for family in _FAMILIES for codec in family.CODECS})
 
-# The largest magnitude given to an encoder: beyond it no fp16 scale can hold a block (65504 * 63 * 31 < 1.3e8) and the
-# squares in ggml's searches overflow float32, which its assertions answer by aborting the process.
-LARGEST = 1.3e8
+# What an encoder is given at most: beyond, the sums in ggml's searches overflow float32, which its assertions answer by
+# aborting the process (so measured, for every type: weights of 1e12 under an importance of 1e20 are the first to).
+LARGEST_WEIGHT = 1e8
+LARGEST_IMPORTANCE = 1e15
 
-# Weights a torch encoder or decoder works on at a time: its temporaries stay in a CPU's cache or at a few GB of a GPU.
+# Weights a torch encoder or decoder takes at a time: its temporaries are some ten float32 tensors of this size.
 _AT_A_TIME = {"cpu": 1 << 20}
-_AT_A_TIME_ELSEWHERE = 1 << 26
+_AT_A_TIME_ELSEWHERE = 1 << 24
 
 
 def lookup(name: str) -> Codec:
@@ -43,11 +44,6 @@ def lookup(name: str) -> Codec:
         return CODECS[name]
     except KeyError:
         raise Unsupported(f"no codec for tensor type {name}", hint=f"known are {', '.join(CODECS)}") from None
-
-
-def _pieces(count: int, weights_each: int, device: torch.device) -> list[slice]:
-    step = max(1, _AT_A_TIME.get(device.type, _AT_A_TIME_ELSEWHERE) // weights_each)
-    return [slice(first, min(count, first + step)) for first in range(0, count, step)]
 
 
 def decode(name: str, raw: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -61,7 +57,7 @@ def decode(name: str, raw: Tensor, shape: tuple[int, ...]) -> Tensor:
     expected = prod(shape) // codec.block * codec.nbytes
     if raw.numel() != expected:
         raise FormatError(f"{raw.numel()} bytes where {name} of shape {tuple(shape)} takes {expected}")
-    if codec.block > 1 and raw.device.type == "cpu" and ggml.find():
+    if _native(codec, raw.device):
         return ggml.decode(codec, raw).view(shape)
     return decode_torch(codec, raw).view(shape)
 
@@ -78,25 +74,37 @@ def decode_torch(codec: Codec, raw: Tensor) -> Tensor:
 def encode(name: str, weight: Tensor, importance: Tensor | None = None) -> Tensor:
     """Weight (..., width) float32 -> (rows, row_bytes) uint8 on the same device; leading dimensions count as rows.
 
-    `importance` (width,) weighs the squared error of each column, as llama.cpp's importance matrix does.
+    `importance` (width,) weighs the squared error of each column, as llama.cpp's importance matrix does. What is
+    encoded is finite and stays so: a weight or a scale that the type cannot hold is an error.
     """
     codec = lookup(name)
     weight = weight.reshape(-1, weight.shape[-1] if weight.dim() else 1).float()
-    _check(codec, weight, importance)
+    _check_weight(codec, weight)
     if importance is not None:
+        _check_importance(importance, weight.shape[1])
         importance = importance.to(weight)
-    if weight.device.type == "cpu" and codec.block > 1:
-        raw = ggml.encode(codec, weight, importance)
-    elif codec.encode is None:
+    elif codec.requires_importance:
+        raise UsageError(f"{name} cannot be encoded without an importance matrix", hint="give one, or choose Q2_K")
+    if codec.encode is None or _native(codec, weight.device):
         raw = ggml.encode(codec, weight.cpu(), None if importance is None else importance.cpu()).to(weight.device)
     else:
         pieces = _pieces(len(weight), weight.shape[1], weight.device)
         raw = torch.cat([codec.join(codec.encode(weight[piece], importance)) for piece in pieces])
+    _check_scales(codec, raw.view(-1, codec.nbytes))
     return raw.view(len(weight), -1)
 
 
-def _check(codec: Codec, weight: Tensor, importance: Tensor | None) -> None:
-    """Refuse what would give garbage bytes or trip an assertion (an abort) in libggml."""
+def _native(codec: Codec, device: torch.device) -> bool:
+    """Whether libggml does the work: on the CPU, where it is installed; a plain float is a cast, which torch does."""
+    return device.type == "cpu" and codec.block > 1 and ggml.find() is not None
+
+
+def _pieces(count: int, weights_each: int, device: torch.device) -> list[slice]:
+    step = max(1, _AT_A_TIME.get(device.type, _AT_A_TIME_ELSEWHERE) // weights_each)
+    return [slice(first, min(count, first + step)) for first in range(0, count, step)]
+
+
+def _check_weight(codec: Codec, weight: Tensor) -> None:
     rows, width = weight.shape
     if not weight.numel() or width % codec.block:
         raise BadInput(
@@ -106,14 +114,22 @@ def _check(codec: Codec, weight: Tensor, importance: Tensor | None) -> None:
     low, high = (bound.item() for bound in weight.aminmax())
     if not (-float("inf") < low and high < float("inf")):
         raise BadInput(f"cannot encode as {codec.name}: a weight is not finite", hint="the source tensor is damaged")
-    if codec.block > 1 and max(-low, high) > LARGEST:
+    if codec.block > 1 and max(-low, high) > LARGEST_WEIGHT:
         what = f"cannot encode as {codec.name}: a weight of {max(-low, high):g} is out of range"
         raise BadInput(what, hint="choose F32 or BF16")
-    if importance is None:
-        if codec.requires_importance:
-            raise UsageError(f"{codec.name} cannot be encoded without an importance matrix", hint="pass an imatrix")
-        return
+
+
+def _check_importance(importance: Tensor, width: int) -> None:
     if importance.shape != (width,):
         raise BadInput(f"the importance matrix has shape {tuple(importance.shape)} where the rows have {width} columns")
-    if not (importance.isfinite().all() and (importance >= 0).all()):
-        raise BadInput("the importance matrix holds a value that is negative or not finite")
+    if not ((importance >= 0) & (importance <= LARGEST_IMPORTANCE)).all():
+        raise BadInput(f"the importance matrix holds a value that is not a number of 0 to {LARGEST_IMPORTANCE:g}")
+
+
+def _check_scales(codec: Codec, blocks: Tensor) -> None:
+    offset = 0
+    for _, dtype, count in codec.fields:
+        end = offset + dtype.itemsize * count
+        if dtype.is_floating_point and not blocks[:, offset:end].contiguous().view(dtype).isfinite().all():
+            raise BadInput(f"cannot encode as {codec.name}: a weight is too large for it", hint="choose BF16 or F32")
+        offset = end
