@@ -26,7 +26,7 @@ from quantkit.files.gguf import read_gguf
 NAMES = [
     "smollm2",
     "gemma3",
-    *("llama-spm", "phi-3", "baichuan", "gemma-4"),
+    *("llama-spm", "phi-3", "baichuan"),
     *("gpt-2", "llama-bpe", "qwen2", "deepseek-coder", "starcoder", "gpt-neox"),
 ]
 

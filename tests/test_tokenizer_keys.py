@@ -90,6 +90,13 @@ def test_a_character_without_a_token_becomes_its_bytes() -> None:
     assert tokenizer.decode(tokenizer.encode("aé")) == "aé"
 
 
+def test_gemma_4_lists_the_merges_of_a_sentencepiece_text() -> None:
+    listed = {k: v for k, v in SENTENCEPIECE.items() if k != G + "scores"}
+    tokenizer = load(listed | {G + "model": "gemma4", G + "merges": ["a b"], G + "bos_token_id": 1})
+    assert tokenizer.encode("ab ab") == [PIECES.index(piece) for piece in ("ab", SPACE, "ab")]
+    assert tokenizer.add_bos
+
+
 def test_special_tokens_are_parsed_only_when_asked_for_and_user_defined_ones_always() -> None:
     tokenizer = load(BYTE_LEVEL)
     assert tokenizer.encode_special("ab<|end|>") == [3, 5]
