@@ -1,7 +1,8 @@
 """Tokenizers: from the metadata of a GGUF to the files of an HF folder, and from those files to token ids.
 
 `tokenizer_files` writes what `transformers.AutoTokenizer` opens without quantkit; `load_tokenizer` reads the same
-texts, so a GGUF and an HF folder go one way from here on. The ids are those llama.cpp gives for the GGUF.
+texts, so a GGUF and an HF folder go one way from here on. The ids are those llama.cpp gives for the GGUF, but for the
+two cases of `pretokenizers.py` in which the model's own tokenizer gives others.
 
 Every vocabulary is expressed as BPE with ranked merges; what differs is the text that the merges see:
 
