@@ -80,10 +80,15 @@ class Network:
 
 def network(model: Model, device: torch.device) -> Network:
     """The empty network of `model`, from transformers, checked to have exactly the model's tensors."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = {k: v for k, v in model.config.items() if k not in ("model_type", "quantization_config", "torch_dtype")}
-    config = AutoConfig.for_model(model.config["model_type"], **values)
+    try:
+        config = AutoConfig.for_model(model.config["model_type"], **values)
+    except (ValueError, TypeError, StrictDataclassError) as e:
+        reason = str(e).splitlines()[-1].strip()
+        raise BadInput(f"transformers refuses this configuration ({reason})", where=model.path) from e
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

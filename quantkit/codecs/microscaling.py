@@ -30,11 +30,13 @@ def _half_e8m0(e: Tensor) -> Tensor:
 
 
 def _half_ue4m3(d: Tensor) -> Tensor:
-    """Half of a float of four exponent bits (bias 7) and three mantissa bits; ggml reads 0x7F as zero."""
-    exponent, mantissa = (d >> 3 & 15).float(), (d & 7).float()
-    normal = torch.ldexp(1 + mantissa / 8, exponent - 7)
-    value = torch.where(exponent == 0, mantissa * 2.0**-9, normal)
-    return torch.where(d == 0x7F, 0.0, value * 0.5)
+    """Half of a float of four exponent bits (bias 7) and three mantissa bits, by the bits of a float32 (bias 127).
+
+    With exponent 0 it is mantissa * 2^-10, halved already; ggml reads 0x7F as zero and ignores the eighth bit.
+    """
+    exponent, mantissa = (d >> 3 & 15).int(), (d & 7).int()
+    normal = (exponent - 8 + 127 << 23 | mantissa << 20).view(torch.float32)
+    return torch.where(d == 0x7F, 0.0, torch.where(exponent == 0, mantissa * 2.0**-10, normal))
 
 
 def _mxfp4(e: Tensor, qs: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ def gptq(weight: Tensor, stats: Stats, grid: Grid, damp: float = DAMP) -> Quanti
     if not bool(torch.isfinite(hessian).all()):
         raise BadInput("the calibration statistics are not finite", hint="the model overflows on this text")
     g = grid.group
-    importance = hessian.diagonal().clone()
+    diagonal = hessian.diagonal()
+    importance = torch.where(diagonal == 0, diagonal.mean(), diagonal)  # unseen is not worthless: an average column
     order = group_aware_order(importance, g)
     upper = inverse_factor(hessian[order][:, order], damp)
     w = weight.float()[:, order].T.contiguous()  # (K, N): the columns in their order, each contiguous

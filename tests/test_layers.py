@@ -1,0 +1,62 @@
+"""The layers of docs/architecture.md, held against the imports as they are."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "quantkit"
+
+# What each part may import of the others, besides itself. `errors` is open to all.
+ALLOWED = {
+    "errors": set(),
+    "resources": set(),
+    "codecs": set(),
+    "stats": set(),
+    "arch": set(),
+    "files": {"codecs"},
+    "corpus": {"resources", "arch"},
+    "solvers": {"codecs", "stats"},
+    "model": {"arch", "codecs", "files"},
+    "forward": {"model", "stats", "corpus"},
+    "evaluate": {"forward"},
+    "targets": {"model", "codecs", "files", "solvers", "stats"},
+    "recipe": {"resources"},
+    "plan": {"targets", "model", "recipe", "evaluate", "forward"},
+    "verify": {"targets", "model", "codecs"},
+    "convert": {"plan", "targets", "model", "files", "forward", "evaluate", "verify", "stats", "corpus"},
+    "selfcal": {"forward", "model", "corpus", "files"},
+    "report": {"convert", "corpus", "evaluate", "model", "recipe"},
+}
+
+
+def part(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(path: Path) -> set[str]:
+    """The parts of quantkit that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{a.name}" if node.module == "quantkit" else node.module for a in node.names]
+        found |= {part(n) for n in names if n.split(".")[0] == "quantkit"}
+    return found - {""}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_arrows_point_one_way(path):
+    own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if own in ("cli", "__init__", "__main__"):  # the top: they may import everything
+        return
+    assert imports(path) <= ALLOWED[own] | {own, "errors"}
+
+
+def test_only_the_command_line_prints():
+    for path in PACKAGE.rglob("*.py"):
+        calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        printing = any(isinstance(f, ast.Name) and f.id == "print" for f in calls)
+        assert not printing or path.parent.name == "cli", path

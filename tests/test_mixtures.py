@@ -1,0 +1,85 @@
+"""The mixtures against published sizes and a published file: no figure here was computed by our own code."""
+
+from __future__ import annotations
+
+from math import prod
+
+import gguf
+import pytest
+
+from quantkit.codecs import lookup
+from quantkit.files.gguf import read_gguf
+from quantkit.targets.mixtures import MIXTURES, Shape, choose, file_type
+
+# What `llama-quantize --dry-run` prints for the 70B shape of Llama 2 and miqu, in MiB.
+LLAMA_70B_MIB = {
+    "Q2_K": 24282,
+    "Q3_K_M": 31733,
+    "Q4_K_S": 37431,
+    "Q4_K_M": 39503,
+    "Q5_K_M": 46494,
+    "Q6_K": 53965,
+    "Q8_0": 69896,
+    "IQ2_XS": 19391,
+    "IQ4_XS": 35473,
+}
+
+
+def llama(layers: int, hidden: int, ffn: int, kv: int, vocab: int) -> list[tuple[str, tuple[int, ...], str]]:
+    """The tensors of a dense Llama in file order, as F16."""
+    tensors = [("token_embd.weight", (vocab, hidden), "F16")]
+    for i in range(layers):
+        shapes = {
+            "attn_q": (hidden, hidden),
+            "attn_k": (kv, hidden),
+            "attn_v": (kv, hidden),
+            "attn_output": (hidden, hidden),
+            "ffn_gate": (ffn, hidden),
+            "ffn_up": (ffn, hidden),
+            "ffn_down": (hidden, ffn),
+        }
+        tensors += [(f"blk.{i}.{n}.weight", s, "F16") for n, s in shapes.items()]
+        tensors += [(f"blk.{i}.{n}.weight", (hidden,), "F32") for n in ("attn_norm", "ffn_norm")]
+    return [*tensors, ("output_norm.weight", (hidden,), "F32"), ("output.weight", (vocab, hidden), "F16")]
+
+
+@pytest.mark.parametrize(("name", "mib"), LLAMA_70B_MIB.items())
+def test_the_70b_shape_has_its_published_size(name, mib):
+    tensors = llama(80, 8192, 28672, 1024, 32000)
+    types = choose(name, tensors, Shape(gqa=8, is_70b=True), imatrix=name == "IQ2_XS")
+    nbytes = sum(prod(s[:-1]) * lookup(t).row_bytes(s[-1]) for (_, s, _), t in zip(tensors, types, strict=True))
+    assert abs(nbytes / 2**20 - mib) < 1, nbytes / 2**20
+
+
+def test_a_published_file_has_the_types_we_would_choose(gemma3):
+    tensors = [(n, t.shape, t.type) for n, t in read_gguf(gemma3).tensors.items()]
+    assert choose("Q4_K_M", tensors, Shape(gqa=4, tied=True), imatrix=False) == [t for _, _, t in tensors]
+
+
+def test_more_bits_go_to_the_first_and_last_eighth_and_every_third():
+    tensors = llama(32, 4096, 11008, 4096, 32000)
+    types = choose("Q4_K_M", tensors, Shape(gqa=1), imatrix=False)
+    raised = [n for (n, _, _), t in zip(tensors, types, strict=True) if t == "Q6_K" and n.startswith("blk")]
+    layers = sorted({int(n.split(".")[1]) for n in raised})
+    assert layers == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_narrow_rows_fall_back_and_always_fit(name):
+    tensors = llama(4, 576, 1536, 192, 1000)
+    types = choose(name, tensors, Shape(gqa=3, tied=False), imatrix=True)
+    for (tensor, shape, present), kind in zip(tensors, types, strict=True):
+        assert shape[-1] % lookup(kind).block == 0, tensor
+        assert len(shape) > 1 or kind == present
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_file_types_are_llama_cpps(name):
+    assert gguf.LlamaFileType(file_type(name)).name.endswith(name)
+
+
+def test_eight_experts_keep_attention_at_eight_bits():
+    tensors = llama(2, 1024, 2048, 256, 1000)
+    types = dict(zip([n for n, _, _ in tensors], choose("Q4_K_M", tensors, Shape(4, experts=8), False), strict=True))
+    assert types["blk.0.attn_k.weight"] == types["blk.0.attn_v.weight"] == "Q8_0"
+    assert types["blk.0.attn_output.weight"] == "Q5_K"

@@ -1,0 +1,138 @@
+"""Solvers against closed forms, and against rounding under the objective they minimize."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quantkit.codecs.grid import Grid
+from quantkit.errors import BadInput
+from quantkit.solvers.awq import awq_round, awq_scale
+from quantkit.solvers.gptq import gptq, group_aware_order, inverse_factor
+from quantkit.solvers.rtn import rtn
+from quantkit.stats import Stats, error
+
+N, K, G = 48, 96, 32
+
+
+def correlated(seed: int = 0, rows: int = 400, width: int = K) -> Stats:
+    """Statistics of activations in which columns depend on one another and differ in size."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=g) / width**0.5 + torch.eye(width)
+    x = torch.randn(rows, width, generator=g) @ mix * (0.1 + 3 * torch.rand(width, generator=g) ** 4)
+    return Stats.zeros(width).add(x)
+
+
+def weight(seed: int = 1, n: int = N, width: int = K) -> torch.Tensor:
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gptq_beats_rounding_on_its_own_objective(bits, symmetric):
+    w, stats, grid = weight(), correlated(), Grid(bits, G, symmetric)
+    made = {s.__name__: error(s(w, stats, grid).dequantize() - w, stats.gram) for s in (rtn, gptq)}
+    assert made["gptq"] < 0.5 * made["rtn"]
+
+
+def test_gptq_without_correlations_is_rounding_to_nearest():
+    """With a diagonal H there is nothing to make up for: every code is the nearest one."""
+    w, grid = weight(), Grid(4, G)
+    stats = Stats(torch.diag(torch.rand(K) + 0.5), torch.ones(K), 100)
+    q = gptq(w, stats, grid)
+    nearest = grid.codes(w.unflatten(1, (-1, G)), q.scales.float(), q.zeros.float()).flatten(1)
+    assert torch.equal(q.codes.float(), nearest)
+
+
+def test_gptq_corrects_the_last_column_as_the_closed_form_says():
+    """Two columns, one group: the second is rounded at w2 + (w1 - q1) * h12 / h22 (Frantar et al. 2022, eq. 2)."""
+    h = torch.tensor([[4.0, 1.5], [1.5, 2.0]])
+    w = torch.tensor([[0.83, -0.41], [0.27, 0.64]])
+    q = gptq(w, Stats(h * 50, torch.ones(2), 100), Grid(3, 2), damp=0.0)
+    scale, values = q.scales.float(), q.dequantize()
+    second = w[:, 1] + (w[:, 0] - values[:, 0]) * h[0, 1] / h[1, 1]
+    assert torch.equal(q.codes[:, 1].float(), torch.round(second / scale[:, 0] + 4).clamp(0, 7))
+
+
+def test_rows_may_be_stacked():
+    w, stats, grid = weight(), correlated(), Grid(4, G)
+    whole = gptq(w, stats, grid).rows([20, 28])
+    for part, rows in zip(whole, (w[:20], w[20:]), strict=True):
+        assert torch.equal(part.codes, gptq(rows, stats, grid).codes)
+
+
+def test_the_order_keeps_groups_together():
+    importance = torch.rand(K, generator=torch.Generator().manual_seed(2))
+    order = group_aware_order(importance, G)
+    assert sorted(order.tolist()) == list(range(K))
+    blocks = order.view(-1, G)
+    assert all(len(set((b // G).tolist())) == 1 for b in blocks)
+    assert all(importance[b].diff().max() <= 0 for b in blocks)
+    assert importance[blocks[:, 0]].diff().max() <= 0
+
+
+def test_dead_columns_are_rounded_and_left_alone():
+    x = torch.randn(200, K, generator=torch.Generator().manual_seed(3))
+    x[:, 5:9] = 0
+    w, grid = weight(), Grid(8, G)
+    back = gptq(w, Stats.zeros(K).add(x), grid).dequantize()
+    assert torch.allclose(back[:, 5:9], w[:, 5:9], atol=0.03)
+
+
+@pytest.mark.parametrize("solver", [rtn, gptq])
+def test_all_zero_rows_groups_and_weights_stay_zero(solver):
+    w = weight()
+    w[3] = 0
+    w[:, G : 2 * G] = 0
+    back = solver(w, correlated(), Grid(4, G)).dequantize()
+    assert bool(torch.isfinite(back).all()) and torch.equal(back[3], torch.zeros(K))
+
+
+def test_few_rows_give_a_singular_hessian_and_still_an_answer():
+    stats = Stats.zeros(K).add(torch.randn(3, K, generator=torch.Generator().manual_seed(4)))
+    w, grid = weight(), Grid(4, G)
+    made = {s.__name__: error(s(w, stats, grid).dequantize() - w, stats.gram) for s in (rtn, gptq)}
+    assert made["gptq"] < made["rtn"] < torch.inf
+
+
+def test_the_factor_is_that_of_the_inverse():
+    h = correlated().hessian
+    upper = inverse_factor(h, 0.01)
+    damped = h + 0.01 * h.diagonal().mean() * torch.eye(K)
+    assert torch.allclose(upper.T @ upper @ damped, torch.eye(K), atol=1e-3)
+
+
+def test_statistics_that_are_not_finite_are_refused():
+    stats = correlated()
+    with pytest.raises(BadInput, match="not finite"):
+        gptq(weight(), Stats(stats.gram * torch.inf, stats.absum, stats.rows), Grid(4, G))
+
+
+def test_awq_scales_and_clips_only_where_that_helps():
+    w, stats, grid = weight(), correlated(), Grid(4, G, symmetric=False)
+    plain = error(rtn(w, None, grid).dequantize() - w, stats.gram)
+    scale = awq_scale(w, stats, grid)
+    scaled = error(rtn(w * scale, None, grid).dequantize() / scale - w, stats.gram)
+    clipped = error(awq_round(w * scale, stats, grid, scale).dequantize() / scale - w, stats.gram)
+    assert scaled < plain and clipped < scaled
+
+
+def test_awq_leaves_columns_without_activations_unscaled():
+    x = torch.randn(200, K, generator=torch.Generator().manual_seed(5)) * torch.linspace(0.01, 5, K)
+    x[:, 7] = 0
+    scale = awq_scale(weight(), Stats.zeros(K).add(x), Grid(4, G, symmetric=False))
+    assert bool(torch.isfinite(scale).all()) and scale[7] == 1 and bool((scale > 0).all())
+
+
+def test_statistics_merge_like_one_pass():
+    g = torch.Generator().manual_seed(6)
+    x = torch.randn(5, 7, K, generator=g)
+    whole = Stats.zeros(K).add(x)
+    merged = Stats.zeros(K).add(x[:2]).merge(Stats.zeros(K).add(x[2:]))
+    flat = x.flatten(0, 1)
+    assert merged.rows == whole.rows == 35
+    assert torch.allclose(merged.gram, whole.gram, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(whole.importance, flat.square().mean(0), rtol=1e-5)
+    assert torch.allclose(whole.act_scale, flat.abs().mean(0), rtol=1e-5)
+    delta = weight()
+    assert torch.allclose(error(delta, whole.gram), (flat @ delta.T).square().sum(), rtol=1e-4)
