@@ -64,6 +64,7 @@ def test_every_quantized_type_of_gguf_is_known():
     assert {t.name for t in sizes} - set(CODECS) == {"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"}
 
 
+@codec_rows.SAME_ARITHMETIC
 @pytest.mark.parametrize("name", BLOCKS)
 def test_torch_decodes_encoded_rows_as_libggml_and_gguf_py_do(name):
     codec = lookup(name)
@@ -77,6 +78,7 @@ def test_torch_decodes_encoded_rows_as_libggml_and_gguf_py_do(name):
             assert torch.equal(ours, torch.from_numpy(np.ascontiguousarray(theirs)).view(x.shape)), kind
 
 
+@codec_rows.SAME_ARITHMETIC
 @pytest.mark.parametrize("name", BLOCKS)
 def test_torch_decodes_any_bytes_as_libggml_does(name):
     codec = lookup(name)
@@ -235,6 +237,7 @@ def test_another_libggml_by_the_environment(monkeypatch, tmp_path):
             encode("Q4_1", x)
 
 
+@codec_rows.SAME_ARITHMETIC
 def test_without_libggml_torch_does_what_it_can(monkeypatch):
     x = torch.randn(9, 768, generator=torch.Generator().manual_seed(4))
     expected = {name: encode(name, x) for name in ("Q4_K", "IQ3_S")}

@@ -34,6 +34,7 @@ def test_the_common_types_have_a_torch_encoder():
     assert {f"Q{bits}_K" for bits in range(2, 7)} <= set(IN_TORCH)
 
 
+@codec_rows.SAME_ARITHMETIC
 @pytest.mark.parametrize("kind", IMPORTANCE)
 @pytest.mark.parametrize("name", IN_TORCH)
 def test_torch_encodes_as_libggml_does(name, kind):
@@ -46,6 +47,7 @@ def test_torch_encodes_as_libggml_does(name, kind):
     assert same.all(), {owners[row] for row in (~same).nonzero()[:, 0].tolist()}
 
 
+@codec_rows.SAME_ARITHMETIC
 @given(
     name=st.sampled_from(IN_TORCH),
     seed=st.integers(0, 2**32),
@@ -64,6 +66,7 @@ def test_torch_encodes_any_rows_as_libggml_does(name, seed, power, exponent, col
     assert torch.equal(by_torch(codec, x, importance), ggml.encode(codec, x, importance))
 
 
+@codec_rows.SAME_ARITHMETIC
 def test_a_scale_below_zero_wraps_around_as_in_ggml():
     """A known quirk: where importance all but vanishes a sub-block's scale may come out negative, and ggml keeps its
     rounded value in a uint8_t. Some of these 768 blocks have one."""

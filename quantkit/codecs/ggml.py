@@ -64,7 +64,8 @@ def find() -> Path | None:
         return _search(path) or path if path.is_dir() else path
     spec = importlib.util.find_spec("libggml")
     homes = spec.submodule_search_locations if spec else None
-    return next((path for home in homes or () if (path := _search(Path(home)))), None)
+    found = (_search(Path(home)) for home in homes or ())
+    return next(filter(None, found), None)
 
 
 @functools.cache
@@ -78,9 +79,8 @@ def _load(path: Path) -> ctypes.CDLL:
         library.ggml_quantize_init.restype = None
         library.ggml_quantize_init.argtypes = [ctypes.c_int]
         library.ggml_quantize_chunk.restype = ctypes.c_size_t
-        library.ggml_quantize_chunk.argtypes = (
-            [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + [ctypes.c_int64] * 3 + [ctypes.c_void_p]
-        )
+        pointer, count = ctypes.c_void_p, ctypes.c_int64
+        library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, count, count, count, pointer]
     except (OSError, AttributeError) as error:
         raise BadInput(f"cannot use libggml ({error})", where=path, hint=hint) from error
     return library
