@@ -3,7 +3,7 @@
 A group runs down dimension 0: x is (k, ...), one group per remaining index, and a scale is (...). The steps and their
 order are those of `ggml/src/ggml-quants.c`, because they decide bytes: products stand as C reads them (left to right),
 sums add one term after the other, ties go to the first, rounding is half to even. So the codes are ggml's wherever
-single operations are rounded as IEEE 754 has it. ggml itself writes others, no better or worse, where its compiler fuses
+single operations are rounded as IEEE 754 has it. ggml itself writes others of like quality where its compiler fuses
 multiplication and addition (as on 64-bit ARM; on x86 such a build differs from the usual one in 0 to 28 per cent of the
 blocks, by type, and in error by less than one per cent).
 
