@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from models import GEMMA3, SMOLLM2, fetch
 
+import quantkit  # noqa: F401  (before torch: it says how torch's threads are to wait, see quantkit/__init__.py)
+
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:

@@ -130,33 +130,31 @@ def test_transformers_opens_the_fp16_folder(made, source):
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, ids.shape[1] + 4)
 
 
+def ggml_bytes(kind: T, rows: np.ndarray, importance: np.ndarray | None) -> bytes:
+    """What libggml's own `ggml_quantize_chunk` makes of float rows, in one call."""
+    lib, rows = ctypes.CDLL(str(ggml.find())), np.ascontiguousarray(rows, dtype=np.float32)
+    lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    out = ctypes.create_string_buffer(rows.size // block * nbytes)
+    pointer = [a if a is None else np.ascontiguousarray(a).ctypes.data_as(ctypes.c_void_p) for a in (rows, importance)]
+    lib.ggml_quantize_chunk(int(kind), pointer[0], out, ctypes.c_int64(0), *map(ctypes.c_int64, rows.shape), pointer[1])
+    return out.raw
+
+
 def test_ggml_writes_the_same_bytes_from_the_same_floats(made, source):
     """Q4_K_M and IQ4_XS, tensor by tensor: gguf-py decodes the source, libggml's own function encodes it."""
     out, _ = made
     floats = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(source).tensors}
     present = {t.name: (t.tensor_type, bytes(t.data)) for t in gguf.GGUFReader(source).tensors}
     imatrix = read_imatrix(out / "imatrix.gguf")
-    lib = ctypes.CDLL(str(ggml.find()))
-    lib.ggml_quantize_chunk.restype = ctypes.c_size_t
     compared = 0
     for name in ("Toy-Q4_K_M.gguf", "Toy-IQ4_XS.gguf"):
         for t in gguf.GGUFReader(out / name).tensors:
             kind, raw = t.tensor_type, bytes(t.data)
             if (kind, raw) == present[t.name]:
                 continue
-            x = np.ascontiguousarray(floats[t.name], dtype=np.float32)
-            weights = np.ascontiguousarray(imatrix.importance(t.name)) if t.name in imatrix.sums else None
-            expected = ctypes.create_string_buffer(len(raw))
-            lib.ggml_quantize_chunk(
-                int(kind),
-                x.ctypes.data_as(ctypes.c_void_p),
-                expected,
-                ctypes.c_int64(0),
-                ctypes.c_int64(x.shape[0]),
-                ctypes.c_int64(x.shape[1]),
-                weights.ctypes.data_as(ctypes.c_void_p) if weights is not None else None,
-            )
-            assert raw == expected.raw, (name, t.name)
+            weights = imatrix.importance(t.name).numpy() if t.name in imatrix.sums else None
+            assert raw == ggml_bytes(kind, floats[t.name], weights), (name, t.name)
             compared += 1
     assert compared > 30
 
