@@ -20,13 +20,14 @@ from quantkit.corpus import Text
 from quantkit.errors import UsageError, VerifyError
 from quantkit.evaluate import Predictions, Score, predict, score
 from quantkit.files.atomic import require_space, staged
-from quantkit.files.imatrix import Imatrix, write_imatrix
+from quantkit.files.imatrix import write_imatrix
 from quantkit.forward import Network, States, embed, network, readers, run, watching
+from quantkit.importance import Sums, imatrix_of, squares
 from quantkit.model import Model, open_model
 from quantkit.plan import Plan
 from quantkit.stats import Stats
 from quantkit.targets import Output, Piece, Row
-from quantkit.targets.gguf import IMATRIX_FILE, reads
+from quantkit.targets.gguf import IMATRIX_FILE
 from quantkit.verify import digest, verify
 
 
@@ -89,9 +90,6 @@ class _Product:
     seconds: float = 0.0
 
 
-Sums = dict[tuple[int, str], tuple[Tensor, int]]  # (block, activation) -> sums of squares (K,), rows
-
-
 def convert(
     model: Model,
     plan: Plan,
@@ -126,8 +124,8 @@ def claim(out: Path, plan: Plan, force: bool) -> None:
     if out.exists() and any(out.iterdir()) and not force:
         raise UsageError("the output folder is not empty", where=out, hint="choose another, or pass --force to replace")
     for o in plan.outputs:
-        if o.is_folder and (out / o.path).is_file():
-            raise UsageError("a file has the name of an output folder", where=out / o.path, hint="move it away")
+        if o.is_folder and (out / o.root).is_file():
+            raise UsageError("a file has the name of an output folder", where=out / o.root, hint="move it away")
 
 
 def _convert(
@@ -165,7 +163,7 @@ def _convert(
 
 def _open(output: Output, out: Path, force: bool, parent: ExitStack) -> _Product:
     staging = parent.enter_context(ExitStack())
-    partial = staging.enter_context(staged(out / output.path, replace=force))
+    partial = staging.enter_context(staged(out / output.root, replace=force))
     writing = staging.enter_context(ExitStack())
     return _Product(output, partial, staging, writing, writing.enter_context(output.writer(partial)))
 
@@ -192,7 +190,7 @@ def _solve(
         weights = {name: ref.read().to(device) for name, ref in refs.items()}
         stats = _statistics(net, states, layer, weights) if net and states else {}
         yield from _each(products, Piece(model, refs, weights, stats))
-        sums |= {(layer, name): (s.gram.diagonal().cpu().clone(), s.rows) for name, s in stats.items()}
+        sums |= squares(layer, stats)
         yield Progress(stage, len(outer) + layer + 1, total)
 
 
@@ -243,16 +241,3 @@ def _predict(net: Network, chunks: Tensor, stage: str) -> Generator[Event, None,
             return step
         yield Progress(stage, step + 1, net.model.layers)
     raise AssertionError("a network predicts")
-
-
-def imatrix_of(model: Model, sums: Sums, text: str, calibration: Tensor) -> Imatrix:
-    """The importance matrix of the calibration: one entry for every quantized matrix, by its GGUF name."""
-    entries = {}
-    for layer in range(model.layers):
-        for ref in model.block(layer).values():
-            if activation := reads(ref):
-                entries[ref.placed.gguf] = sums[layer, activation]
-    rows, seqlen = calibration.shape
-    totals = {n: total for n, (total, _) in entries.items()}
-    counts = {n: count for n, (_, count) in entries.items()}
-    return Imatrix(totals, counts, text, rows, seqlen)

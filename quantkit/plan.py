@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from quantkit.errors import UsageError
 from quantkit.evaluate import HEAD_TOKENS
 from quantkit.forward import BATCH_TOKENS
 from quantkit.model import Model
@@ -84,10 +85,15 @@ class Plan:
 def make_plan(model: Model, recipe: Recipe, device: torch.device, rows: int | None = None) -> Plan:
     """Plan every target of `recipe`; `rows` is what the calibration text really gives, where that is known.
 
-    Raises UsageError for a target that is unknown or that a shape of the model does not fit.
+    Raises UsageError for a target that is unknown, that a shape of the model does not fit, or that needs a calibration
+    where the recipe has none.
     """
-    calibration = Calibration(recipe.calibration, rows or recipe.samples, recipe.seqlen)
-    outputs = tuple(plan_output(name, model, calibration) for name in recipe.to)
+    text = recipe.calibration
+    calibration = Calibration(text, rows or recipe.samples, recipe.seqlen) if text else None
+    choices = recipe.choices()
+    outputs = tuple(plan_output(name, model, calibration, choices) for name in recipe.to)
+    if calibration is None and (needy := [o.target for o in outputs if o.calibrated]):
+        raise UsageError("needs a calibration text", where=needy[0], hint="do without --no-calibration")
     working = _working_bytes(model, recipe, any(o.calibrated for o in outputs))
     states = _state_bytes(model, recipe)
     on_gpu = device.type == "cuda"

@@ -5,15 +5,45 @@ Every mistake of a file is reported at once. A report holds the recipe it was ma
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
+from quantkit.codecs import CODECS
 from quantkit.errors import BadInput, UsageError
 from quantkit.resources import resource
+from quantkit.targets import Choices
+
+
+def _type(name: str) -> str:
+    if name.upper() not in CODECS:
+        raise ValueError(f"no tensor type {name!r}; known: {', '.join(CODECS)}")
+    return name.upper()
+
+
+def _rule(rule: str) -> str:
+    pattern, sign, kind = rule.rpartition("=")
+    if not pattern or not sign:
+        raise ValueError(f"{rule!r} is not REGEX=TYPE, such as attn_v=Q6_K")
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        raise ValueError(f"{pattern!r} is no regular expression ({e})") from None
+    return f"{pattern}={_type(kind)}"
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"0*[1-9]\d{0,8}[MG]", text, re.ASCII):
+        raise ValueError(f"{text!r} is no size such as 2G or 500M")
+    return text
+
+
+TensorType = Annotated[str, AfterValidator(_type)]
 
 
 class Recipe(BaseModel):
@@ -22,7 +52,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     to: Annotated[tuple[str, ...], Field(min_length=1)]
-    calibration: str = "default"  # a built-in text, `self`, or a file
+    calibration: str | None = "default"  # a built-in text, `self`, or a file; None: no activations are looked at
     samples: Annotated[int, Field(ge=1)] = 64
     seqlen: Annotated[int, Field(ge=8)] = 512
     seed: int = 0
@@ -30,6 +60,28 @@ class Recipe(BaseModel):
     eval_chunks: Annotated[int, Field(ge=1)] | None = None  # None: all the text gives
     ctx: Annotated[int, Field(ge=8)] = 512
     device: str = "auto"
+    # of GGUF targets, as `llama-quantize` and `llama-gguf-split` mean them (targets/mixtures.py)
+    output_type: TensorType | None = None
+    token_embedding_type: TensorType | None = None
+    tensor_type: tuple[Annotated[str, AfterValidator(_rule)], ...] = ()
+    pure: bool = False
+    leave_output: bool = False
+    split_max_size: Annotated[str, AfterValidator(_size)] | None = None
+    imatrix: str | None = None  # a file, used in place of calibrating
+
+    def choices(self) -> Choices:
+        """What this asks of the targets beside their names."""
+        rules = [rule.rpartition("=") for rule in self.tensor_type]
+        size = self.split_max_size
+        return Choices(
+            self.output_type,
+            self.token_embedding_type,
+            tuple((re.compile(pattern, re.IGNORECASE), kind) for pattern, _, kind in rules),
+            self.pure,
+            self.leave_output,
+            int(size[:-1]) * {"M": 10**6, "G": 10**9}[size[-1]] if size else None,
+            Path(self.imatrix) if self.imatrix else None,
+        )
 
 
 def load_recipe(name: str | None, options: Mapping[str, Any]) -> Recipe:
@@ -40,17 +92,24 @@ def load_recipe(name: str | None, options: Mapping[str, Any]) -> Recipe:
     values: Any = {} if name is None else _read(name)
     if not isinstance(values, dict):
         raise UsageError("a recipe is a mapping of options", where=name, hint="see recipes/demo.yaml")
-    if "to" in values and isinstance(values["to"], str):
-        values["to"] = [values["to"]]
+    for name_of_list in ("to", "tensor_type"):
+        if isinstance(values.get(name_of_list), str):
+            values[name_of_list] = [values[name_of_list]]
     merged = values | {k: v for k, v in options.items() if v is not None}
     try:
         recipe = Recipe(**merged)
     except ValidationError as e:
-        faults = "; ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg'].lower()}" for f in e.errors())
+        faults = "; ".join(f"{'.'.join(map(str, f['loc']))}: {_said(f)}" for f in e.errors())
         raise UsageError(faults, where=name or "options", hint=f"known: {', '.join(Recipe.model_fields)}") from None
     if doubled := sorted({t for t in recipe.to if [x.lower() for x in recipe.to].count(t.lower()) > 1}):
         raise UsageError(f"the target {doubled[0]} is named twice", where="--to", hint="name each target once")
     return recipe
+
+
+def _said(fault: ErrorDetails) -> str:
+    """A fault in words: pydantic's own begin with a capital, ours come with a label."""
+    ours = fault["msg"].removeprefix("Value error, ")
+    return ours if fault["type"] == "value_error" else ours.lower()
 
 
 def _read(name: str) -> Any:

@@ -28,6 +28,7 @@ def command(
     to: Annotated[list[str] | None, typer.Option(help="A target: fp16, gptq, awq-4bit-64g, Q4_K_M ... (again)")] = None,
     recipe: Annotated[str | None, typer.Option(help="A YAML file, or a name in recipes/; options go over it.")] = None,
     calibration: Annotated[str | None, typer.Option(help="default, self, or a file.")] = None,
+    no_calibration: Annotated[bool, typer.Option("--no-calibration", help="Quantize GGUF targets blindly.")] = False,
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration rows.")] = None,
     seqlen: Annotated[int | None, typer.Option(min=8, help="Tokens to a calibration row.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything that is drawn.")] = None,
@@ -35,6 +36,15 @@ def command(
     eval_chunks: Annotated[int | None, typer.Option(min=1, help="Score the first N chunks only.")] = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Score nothing.")] = False,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:i.")] = None,
+    imatrix: Annotated[str | None, typer.Option(help="GGUF: an importance matrix, in place of calibrating.")] = None,
+    output_type: Annotated[str | None, typer.Option(help="GGUF: the type of the output matrix.")] = None,
+    token_embedding_type: Annotated[str | None, typer.Option(help="GGUF: the type of the token embedding.")] = None,
+    tensor_type: Annotated[
+        list[str] | None, typer.Option(help="GGUF: REGEX=TYPE for the tensors whose name it is found in. (again)")
+    ] = None,
+    pure: Annotated[bool, typer.Option("--pure", help="GGUF: one type for all; no mixture.")] = False,
+    leave_output: Annotated[bool, typer.Option("--leave-output", help="GGUF: copy the output matrix.")] = False,
+    split_max_size: Annotated[str | None, typer.Option(help="GGUF: split in files of at most 2G, 500M ...")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace outputs; let calibration and text overlap.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report, or the plan, as JSON.")] = False,
@@ -49,10 +59,17 @@ def command(
         "eval_text": eval_text,
         "eval_chunks": eval_chunks,
         "device": device,
+        "imatrix": imatrix,
+        "output_type": output_type,
+        "token_embedding_type": token_embedding_type,
+        "tensor_type": tensor_type or None,
+        "pure": pure or None,
+        "leave_output": leave_output or None,
+        "split_max_size": split_max_size,
     }
     settings = load_recipe(recipe, options)
-    if no_eval:
-        settings = settings.model_copy(update={"eval_text": None})
+    left_out = {"eval_text": no_eval, "calibration": no_calibration}
+    settings = settings.model_copy(update={field: None for field, out_of_it in left_out.items() if out_of_it})
     where = device_of(settings.device)
     model = open_model(source)
     plan = make_plan(model, settings, where)
@@ -123,6 +140,7 @@ def _calibration(model: Model, settings: Recipe, device: torch.device) -> tuple[
     if settings.calibration == "self":
         err.print("the model writes its own calibration text ...")
         return self_calibration(model, settings.samples, settings.seqlen, settings.seed, device)
+    assert settings.calibration is not None  # or nothing would be calibrated
     text = load_text(settings.calibration)
     return text, calibration_batch(text, model.tokenizer(), settings.samples, settings.seqlen, settings.seed)
 

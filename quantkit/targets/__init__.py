@@ -8,7 +8,7 @@ from functools import cache
 
 from quantkit.errors import UsageError
 from quantkit.model import Model
-from quantkit.targets.target import Calibration, Family, Output, Piece, Row, Solved
+from quantkit.targets.target import Calibration, Choices, Family, Output, Piece, Row, Solved
 
 
 @cache
@@ -18,13 +18,13 @@ def families() -> tuple[Family, ...]:
     return tuple(m.FAMILY for m in modules if hasattr(m, "FAMILY"))
 
 
-def plan_output(name: str, model: Model, calibration: Calibration | None) -> Output:
+def plan_output(name: str, model: Model, calibration: Calibration | None, choices: Choices) -> Output:
     """Plan the target called `name`; UsageError where no family answers to it."""
     for family in families():
         if match := family.pattern.fullmatch(name):
-            return family.plan(match, model, calibration)
+            return family.plan(match, model, calibration, choices)
     known = "; ".join(f.usage for f in families())
     raise UsageError(f"unknown target {name!r}", where="--to", hint=f"known: {known}")
 
 
-__all__ = ["Calibration", "Family", "Output", "Piece", "Row", "Solved", "families", "plan_output"]
+__all__ = ["Calibration", "Choices", "Family", "Output", "Piece", "Row", "Solved", "families", "plan_output"]

@@ -15,6 +15,7 @@ from quantkit.model import Model
 from quantkit.solvers.awq import awq_round, awq_scale
 from quantkit.targets.target import (
     Calibration,
+    Choices,
     Family,
     Output,
     Piece,
@@ -29,7 +30,7 @@ from quantkit.targets.target import (
 )
 
 
-def plan(match: re.Match[str], model: Model, calibration: Calibration | None) -> Output:
+def plan(match: re.Match[str], model: Model, calibration: Calibration | None, choices: Choices) -> Output:
     """An AWQ folder; UsageError for a bit width, a group or a shape that no reader takes."""
     asked = int(match["group"]) if match["group"] else None
     if int(match["bits"] or 4) != 4 or (asked and asked not in (16, 32, 64, 128)):
@@ -93,7 +94,7 @@ def fold(piece: Piece, grid: Grid) -> tuple[dict[str, Tensor], dict[str, Tensor]
             weights[n] = weights[n] * scale
         for n in (maker, maker.removesuffix(".weight") + ".bias"):
             if n in weights:
-                weights[n] = weights[n] / scale.view(-1, *[1] * (weights[n].dim() - 1))
+                weights[n] = producer.divided(weights[n], scale, piece.model.config)
         scales[activation] = scale
     return weights, scales
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import torch
 
 from quantkit.model import Model
-from quantkit.targets.target import Calibration, Family, Output, Piece, Solved, dense, folder_output
+from quantkit.targets.target import Calibration, Choices, Family, Output, Piece, Solved, dense, folder_output
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def plan(match: re.Match[str], model: Model, calibration: Calibration | None) -> Output:
+def plan(match: re.Match[str], model: Model, calibration: Calibration | None, choices: Choices) -> Output:
     """A folder with every tensor as one float type; nothing is calibrated."""
     name = match[0].lower()
     dtype = DTYPES[name]

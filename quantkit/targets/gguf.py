@@ -1,31 +1,40 @@
 """GGUF files of any llama.cpp mixture: `Q8_0`, `Q4_K_M`, `IQ4_XS`, `F16`. Types by `mixtures.py`, bytes by the codecs.
 
 A tensor whose type already fits is copied byte for byte: the same type again is not idempotent through floats. The
-importance matrix is the diagonal of the calibration's Gram matrices, handed to ggml as llama.cpp hands it.
+importance matrix is one that the user gives, or the diagonal of the calibration's Gram matrices; where there is neither
+calibration nor file, tensors are encoded without.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
 
+import torch
 from gguf.constants import GGUFValueType, Keys
 from torch import Tensor
 
 from quantkit.codecs import decode, encode, lookup
-from quantkit.errors import UsageError
+from quantkit.errors import BadInput, UsageError
+from quantkit.files.gguf_set import SetLayout
 from quantkit.files.gguf_values import Value
-from quantkit.files.gguf_writer import layout_gguf, tensor_nbytes
+from quantkit.files.gguf_writer import Layout, layout_gguf, split_layout, tensor_nbytes
+from quantkit.files.imatrix import Imatrix, read_imatrix
 from quantkit.model import Model, Ref
-from quantkit.targets.mixtures import MIXTURES, Shape, choose, file_type
-from quantkit.targets.target import Calibration, Family, Output, Piece, Row, Solved, weight_loss
+from quantkit.targets.mixtures import MIXTURES, Shape, choose, file_type, kind_of, requires_imatrix
+from quantkit.targets.target import Calibration, Choices, Family, Output, Piece, Row, Solved, weight_loss
 
 UNWEIGHTED = ("F32", "F16", "BF16", "Q8_0")  # types whose encoders have no use for importance
 IMATRIX_FILE = "imatrix.gguf"
 
 
-def plan(match: re.Match[str], model: Model, calibration: Calibration | None) -> Output:
-    """A GGUF file; its metadata are the source's, but for the file type and what the calibration adds."""
+def plan(match: re.Match[str], model: Model, calibration: Calibration | None, choices: Choices) -> Output:
+    """A GGUF file, or a folder of shards; the metadata are the source's but for file type and importance matrix.
+
+    UsageError where a type needs an importance matrix and there is none for its tensor.
+    """
     name = match[0].upper()
     if model.gguf is None:
         raise UsageError(
@@ -34,27 +43,72 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None) ->
             hint="give the GGUF this folder was made from, or choose an HF target",
         )
     by_gguf = {r.placed.gguf: (n, r) for n, r in model.tensors.items()}
+    given = fitting_imatrix(choices.imatrix, model) if choices.imatrix else None
     tensors = [(n, t.shape, t.type) for n, t in model.gguf.tensors.items()]
-    types = choose(name, tensors, shape_of(model), imatrix=True)
-    rows = []
+    types = choose(name, tensors, shape_of(model), imatrix=bool(given or calibration), choices=choices)
+    rows, weighted = [], []
     for (tensor, shape, present), kind in zip(tensors, types, strict=True):
+        source, ref = by_gguf[tensor]
         solver = "copy" if kind == present else "cast" if lookup(kind).block == 1 else "ggml"
-        rows.append(
-            Row(tensor, by_gguf[tensor][0], shape, present, kind, solver, tensor_nbytes(tensor, shape, kind))
-        )
-    weighted = [r for r in rows if r.solver == "ggml" and r.type not in UNWEIGHTED and reads(by_gguf[r.name][1])]
-    metadata = described(model, name, calibration if weighted else None, len(weighted))
-    layout = layout_gguf(metadata, [(r.name, r.shape, r.type) for r in rows], model.gguf.alignment)
+        rows.append(Row(tensor, source, shape, present, kind, solver, tensor_nbytes(tensor, shape, kind)))
+        seen = tensor in given.sums if given else bool(calibration and reads(ref))
+        if solver == "ggml" and not seen and requires_imatrix(name, tensor, kind):
+            raise _blind(name, tensor, kind, choices.imatrix)
+        weighted += [tensor] if seen and solver == "ggml" and kind not in UNWEIGHTED else []
+    calibrated = bool(weighted) and given is None
+    metadata = described(model, name)
+    if choices.imatrix and given and weighted:
+        metadata |= imatrix_keys(choices.imatrix.name, given.datasets, len(given.sums), given.chunks)
+    elif calibration and weighted:
+        metadata |= imatrix_keys(IMATRIX_FILE, (calibration.text,), len(readers(model)), calibration.rows)
+    path, layout = laid_out(f"{model.name}-{name}", metadata, rows, model.gguf.alignment, choices.split_bytes)
     by_source = {r.source: r for r in rows}
 
     def solve(piece: Piece) -> Iterator[Solved]:
         for source, weight in piece.weights.items():
-            yield encoded(piece, by_source[source], weight)
+            row = by_source[source]
+            importance = _importance(piece, row, given, calibrated) if row.name in weighted else None
+            yield encoded(piece, row, weight, importance)
 
     copied = sum(r.solver == "copy" for r in rows)
     note = f"{describe(rows)}; {copied} of {len(rows)} tensors copied byte for byte"
-    path = f"{model.name}-{name}.gguf"
-    return Output(name, "gguf", path, note, tuple(rows), layout, solve, bool(weighted))
+    return Output(name, "gguf", path, note, tuple(rows), layout, solve, calibrated)
+
+
+def laid_out(
+    stem: str, metadata: dict[str, Value], rows: list[Row], alignment: int, split_bytes: int | None
+) -> tuple[str, Layout | SetLayout]:
+    """Path and layout of one file, or where a set was asked for and is needed, of its first shard and all of them."""
+    tensors = [(r.name, r.shape, r.type) for r in rows]
+    if split_bytes is None:
+        return f"{stem}.gguf", layout_gguf(metadata, tensors, alignment)
+    shards = {stem + end: layout for end, layout in split_layout(metadata, tensors, split_bytes, alignment)}
+    first = next(iter(shards))
+    return (first, shards[first]) if len(shards) == 1 else (f"{stem}/{first}", SetLayout(shards))
+
+
+def fitting_imatrix(path: Path, model: Model) -> Imatrix:
+    """The importance matrix at `path`; BadInput where it is another model's."""
+    imatrix = read_imatrix(path)
+    shapes = {r.placed.gguf: r.shape for r in model.tensors.values()}
+    for name in imatrix.sums.keys() & shapes.keys():
+        experts, columns = prod(shapes[name][:-2]), shapes[name][-1]
+        if imatrix.sums[name].numel() != experts * columns:
+            found = imatrix.sums[name].numel()
+            what = f"its entry for {name} has {found:,} values where the tensor has {experts * columns:,} columns"
+            raise BadInput(what, where=path, hint="give one of this very model")
+    if not imatrix.sums.keys() & shapes.keys():
+        raise BadInput("has no entry for any tensor of this model", where=path, hint="give one of this very model")
+    return imatrix
+
+
+def _blind(mixture: str, tensor: str, kind: str, imatrix: Path | None) -> UsageError:
+    """What to say of a tensor that would be garbage, or abort ggml, for want of an importance matrix."""
+    if kind_of(tensor) in ("output", "token_embd"):
+        hint = "it has none: choose --output-type or --token-embedding-type, or do without --pure"
+    else:
+        hint = f"{imatrix.name} has no entry for it" if imatrix else "calibrate, or give one with --imatrix"
+    return UsageError(f"{kind} in {mixture} needs an importance matrix", where=tensor, hint=hint)
 
 
 def reads(ref: Ref) -> str | None:
@@ -62,20 +116,40 @@ def reads(ref: Ref) -> str | None:
     return ref.placed.weight.reads if len(ref.shape) > 1 else None
 
 
-def encoded(piece: Piece, row: Row, weight: Tensor) -> Solved:
-    """One tensor as bytes of its type, and what those bytes stand for, both in GGUF's row order."""
+def readers(model: Model) -> list[str]:
+    """The tensors that a calibration has an importance matrix for, by GGUF name."""
+    return [ref.placed.gguf for ref in model.tensors.values() if reads(ref)]
+
+
+def _importance(piece: Piece, row: Row, given: Imatrix | None, calibrated: bool) -> Tensor | None:
+    if given:
+        return given.importance(row.name).reshape(-1, row.shape[-1])
+    stats = piece.stats.get(reads(piece.refs[row.source]) or "")
+    return stats.importance[None] if stats and calibrated else None
+
+
+def encoded(piece: Piece, row: Row, weight: Tensor, importance: Tensor | None) -> Solved:
+    """One tensor as bytes of its type, and what those bytes stand for, both in GGUF's row order.
+
+    `importance` is (experts, width), one row for a matrix that is no stack of experts.
+    """
     ref, gguf = piece.refs[row.source], piece.model.gguf
     assert gguf is not None  # planned from a GGUF
     layout = ref.placed.weight.layout
     ordered = layout.to_gguf(weight, piece.model.config) if layout else weight
-    stats = piece.stats.get(reads(ref) or "")
     if row.solver == "copy":
         raw = gguf.raw(row.name)
         return Solved(row.source, {row.name: raw}, ordered, 0.0)
-    importance = stats.importance if stats and row.type not in UNWEIGHTED else None
-    raw = encode(row.type, ordered, importance).reshape(-1)
+    raw = encode_stack(row.type, ordered, importance)
     value = decode(row.type, raw, row.shape)
-    return Solved(row.source, {row.name: raw}, value, weight_loss(ordered, value, stats))
+    return Solved(row.source, {row.name: raw}, value, weight_loss(ordered, value, piece.stats.get(reads(ref) or "")))
+
+
+def encode_stack(kind: str, weight: Tensor, importance: Tensor | None) -> Tensor:
+    """Bytes of a matrix or of a stack of experts (experts, rows, width), each expert with its own importance."""
+    if importance is None or len(importance) == 1:
+        return encode(kind, weight, None if importance is None else importance[0]).reshape(-1)
+    return torch.cat([encode(kind, w, i).reshape(-1) for w, i in zip(weight, importance, strict=True)])
 
 
 def shape_of(model: Model) -> Shape:
@@ -86,21 +160,24 @@ def shape_of(model: Model) -> Shape:
     return Shape(heads // kv, model.config.get("num_local_experts", 0), llama_70b, tied)
 
 
-def described(model: Model, name: str, calibration: Calibration | None, entries: int) -> dict[str, Value]:
+def described(model: Model, name: str) -> dict[str, Value]:
     """The metadata of the new file: the source's, in order, without what speaks of how the source was made."""
     assert model.gguf is not None
     stale = ("split.", "quantize.imatrix.")
     metadata = {k: v for k, v in model.gguf.metadata.items() if not k.startswith(stale)}
     metadata[Keys.General.FILE_TYPE] = Value(GGUFValueType.UINT32, None, file_type(name))
     metadata[Keys.General.QUANTIZATION_VERSION] = Value(GGUFValueType.UINT32, None, 2)
-    if calibration:
-        metadata |= {
-            "quantize.imatrix.file": Value(GGUFValueType.STRING, None, IMATRIX_FILE),
-            "quantize.imatrix.dataset": Value(GGUFValueType.STRING, None, calibration.text),
-            "quantize.imatrix.entries_count": Value(GGUFValueType.UINT32, None, entries),
-            "quantize.imatrix.chunks_count": Value(GGUFValueType.UINT32, None, calibration.rows),
-        }
     return metadata
+
+
+def imatrix_keys(file: str, datasets: Sequence[str], entries: int, chunks: int) -> dict[str, Value]:
+    """What llama.cpp's `quantize` notes of an importance matrix: its file's name, the text, how many of what."""
+    return {
+        "quantize.imatrix.file": Value(GGUFValueType.STRING, None, file),
+        "quantize.imatrix.dataset": Value(GGUFValueType.STRING, None, ", ".join(datasets)),
+        "quantize.imatrix.entries_count": Value(GGUFValueType.UINT32, None, entries),
+        "quantize.imatrix.chunks_count": Value(GGUFValueType.UINT32, None, chunks),
+    }
 
 
 def describe(rows: list[Row]) -> str:

@@ -16,6 +16,7 @@ from quantkit.model import Model
 from quantkit.solvers.gptq import DAMP, gptq
 from quantkit.targets.target import (
     Calibration,
+    Choices,
     Family,
     Output,
     Piece,
@@ -33,7 +34,7 @@ BITS = (2, 3, 4, 8)  # what transformers' GPTQConfig accepts
 GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 
 
-def plan(match: re.Match[str], model: Model, calibration: Calibration | None) -> Output:
+def plan(match: re.Match[str], model: Model, calibration: Calibration | None, choices: Choices) -> Output:
     """A GPTQ folder; UsageError for a bit width, a group or a shape that no reader takes."""
     bits, asked = int(match["bits"] or 4), int(match["group"]) if match["group"] else None
     if bits not in BITS or (asked and asked not in GROUPS):

@@ -1,19 +1,23 @@
 """llama.cpp's mixtures: which type each tensor of a `Q4_K_M` file gets, as a table of rules.
 
-Source: llama.cpp `src/llama-quant.cpp`, `llama_tensor_get_type_impl` and `tensor_type_fallback` (dense models and 8
-experts; FORMATS of October 2026). A rule maps a `Place` to a type, or to None where the mixture's base type stays.
-Layers are counted in file order, as llama.cpp counts them.
+Source: llama.cpp `src/llama-quant.cpp` of October 2026, `llama_tensor_get_type` and what it calls. A rule maps a
+`Place` to a type, or to None where the mixture's base type stays. `Choices` go before rules; a tensor that a choice
+decided is not counted, so those after it move up in the rules, as they do in llama.cpp.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from gguf.constants import LlamaFileType
 
 from quantkit.codecs import lookup
+from quantkit.errors import UsageError
+from quantkit.targets.target import Choices
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,6 @@ class Mixture:
     rules: Mapping[str, Rule] = field(default_factory=dict)
     embedding: str | None = None  # token_embd where it is not tied
     output: str | None = None  # output, or the tied token_embd, in place of Q6_K
-    needs_imatrix: bool = False
     experts8_output: str | None = None  # attn_output with 8 experts
 
 
@@ -110,7 +113,7 @@ def _low(base: str, low: str, attn_output: str | None) -> Mixture:
     }
     if attn_output:
         rules["attn_output"] = always(attn_output)
-    return Mixture(base, rules, embedding=low, output="Q5_K", needs_imatrix=True, experts8_output="Q5_K")
+    return Mixture(base, rules, embedding=low, output="Q5_K", experts8_output="Q5_K")
 
 
 def _iq3_xxs_v(p: Place) -> str:
@@ -147,7 +150,7 @@ MIXTURES: Mapping[str, Mixture] = MappingProxyType(
             {"attn_v": gqa4("Q4_K", "Q3_K"), "ffn_down": always("Q3_K"), "attn_output": always("Q3_K")},
             experts8_output="Q5_K",
         ),
-        "Q2_K_S": Mixture("Q2_K", {"attn_v": gqa4("Q4_K"), "ffn_down": early(8, "Q4_K")}, needs_imatrix=True),
+        "Q2_K_S": Mixture("Q2_K", {"attn_v": gqa4("Q4_K"), "ffn_down": early(8, "Q4_K")}),
         "Q3_K_S": Mixture("Q3_K", experts8_output="Q5_K"),
         "Q3_K_M": Mixture(
             "Q3_K",
@@ -170,10 +173,8 @@ MIXTURES: Mapping[str, Mixture] = MappingProxyType(
         "IQ2_XS": _low("IQ2_XS", "Q2_K", None),
         "IQ2_S": _low("IQ2_XS", "IQ3_S", "IQ3_S"),
         "IQ2_M": _low("IQ2_S", "IQ3_S", "IQ3_S"),
-        "IQ3_XXS": Mixture("IQ3_XXS", _XXS, "IQ3_S", "Q5_K", True, "Q5_K"),
-        "IQ3_XS": Mixture(
-            "IQ3_S", {**_XS, "attn_v": gqa4("Q4_K")}, needs_imatrix=True, experts8_output="Q5_K"
-        ),
+        "IQ3_XXS": Mixture("IQ3_XXS", _XXS, embedding="IQ3_S", output="Q5_K", experts8_output="Q5_K"),
+        "IQ3_XS": Mixture("IQ3_S", {**_XS, "attn_v": gqa4("Q4_K")}, experts8_output="Q5_K"),
         "IQ3_S": Mixture("IQ3_S", {"attn_v": gqa4("Q4_K")}, experts8_output="Q5_K"),
         "IQ3_M": Mixture(
             "IQ3_S",
@@ -188,8 +189,26 @@ MIXTURES: Mapping[str, Mixture] = MappingProxyType(
 # What a width that no block of the wanted type divides gets instead; F16 where that does not fit either.
 FALLBACK = MappingProxyType(
     {f"IQ{t}": "IQ4_NL" for t in ("1_S", "1_M", "2_XXS", "2_XS", "2_S", "3_XXS", "3_S", "4_XS")}
-    | {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+    | {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0"}
+    | {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 )
+
+# What the rules take a tensor for: the first of these that its name holds (`tensor_get_category`). Fused and compressed
+# attention goes with attn_v, the experts of a matrix and the shared ones go with the matrix.
+KINDS = MappingProxyType(
+    {"attn_qkv.weight": "attn_v", "attn_kv_b.weight": "attn_v"}
+    | {f"{k}.weight": k for k in ("attn_v", "attn_k", "attn_q", "attn_output")}
+    | {k: k for k in ("ffn_up", "ffn_gate", "ffn_down")}
+)
+
+# Parts of names of tensors that stay as they are (`tensor_allows_quantization`), for the families known here.
+UNTOUCHED = ("_norm.weight", "ffn_gate_inp.weight", "altup", "laurel", "per_layer_model_proj", "ssm_conv1d")
+
+# Types whose blocks are garbage without an importance matrix (`tensor_requires_imatrix`); Q2_K is in a Q2_K_S file.
+NEEDY = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
+
+PLAIN = ("F32", "F16", "BF16")
+_LAYER = re.compile(r"blk\.(\d+)\.")
 
 
 def file_type(name: str) -> int:
@@ -199,44 +218,88 @@ def file_type(name: str) -> int:
 
 
 def kind_of(name: str) -> str:
-    """The kind of a tensor by its GGUF name: `blk.3.ffn_down.weight` is `ffn_down`; experts count with their matrix."""
-    stem = name.removesuffix(".weight").split(".", 2)
-    return (stem[2] if stem[0] == "blk" and len(stem) == 3 else stem[0]).removesuffix("_exps").split(".")[0]
+    """What the rules take a tensor for by its GGUF name: `blk.3.ffn_down_exps.weight` is `ffn_down`, others "other"."""
+    if name in ("output.weight", "token_embd.weight", "per_layer_token_embd.weight"):
+        return "output" if name == "output.weight" else "token_embd"
+    return next((kind for part, kind in KINDS.items() if part in name), "other")
+
+
+def layer_of(name: str) -> int:
+    """The block a tensor belongs to, -1 for those outside."""
+    match = _LAYER.match(name)
+    return int(match[1]) if match else -1
 
 
 def quantizable(name: str, shape: tuple[int, ...]) -> bool:
     """Whether llama.cpp quantizes a tensor at all (`tensor_allows_quantization`)."""
-    return len(shape) > 1 and name.endswith("weight") and "_norm.weight" not in name and "ffn_gate_inp" not in name
+    return len(shape) > 1 and name.endswith("weight") and not any(part in name for part in UNTOUCHED)
 
 
-def choose(mixture: str, tensors: Sequence[tuple[str, tuple[int, ...], str]], shape: Shape, imatrix: bool) -> list[str]:
+def requires_imatrix(mixture: str, name: str, kind: str) -> bool:
+    """Whether a tensor of type `kind` in a file of `mixture` must not be encoded without an importance matrix.
+
+    llama.cpp lets output and embedding pass, and aborts where their type has no encoder without one.
+    """
+    if lookup(kind).requires_importance:
+        return True
+    ruled = kind_of(name) not in ("output", "token_embd")
+    return ruled and (kind in NEEDY or (kind == "Q2_K" and mixture == "Q2_K_S"))
+
+
+def choose(
+    mixture: str,
+    tensors: Sequence[tuple[str, tuple[int, ...], str]],
+    shape: Shape,
+    imatrix: bool,
+    choices: Choices = Choices(),  # noqa: B008 (frozen)
+) -> list[str]:
     """The type of every tensor of a file: (name, shape, present type) in file order -> types.
 
-    A tensor that is not quantized keeps its present type.
+    A tensor that is not quantized keeps its present type. UsageError where a chosen type does not fit a tensor whose
+    type is chosen by name.
     """
     mix = MIXTURES[mixture]
-    counts: dict[str, int] = {}
-    for name, _, _ in tensors:
-        counts[kind_of(name)] = counts.get(kind_of(name), 0) + 1
-    at: dict[str, int] = {}
-    types = []
-    for name, dims, present in tensors:
-        kind = kind_of(name)
-        place = Place(at.get(kind, 0), counts[kind], shape, imatrix)
-        if shape.experts > 1 and name.startswith("blk."):  # experts come in any order: the name tells the layer
-            place = replace(place, i=int(name.split(".")[1]))
-        at[kind] = at.get(kind, 0) + 1
-        if not quantizable(name, dims):
-            types.append(present)
-        elif mix.base in ("F32", "F16", "BF16"):
-            types.append(mix.base)
+    of_kind = Counter(kind_of(name) for name, _, _ in tensors)
+    layers = 1 + max((layer_of(name) for name, _, _ in tensors), default=-1)
+    at: Counter[str] = Counter()
+    types = {}
+    for name, dims, present in sorted(tensors, key=lambda t: (layer_of(t[0]), t[0])):
+        kind, width = kind_of(name), dims[-1]
+        if not quantizable(name, dims) or (choices.leave_output and name == "output.weight"):
+            types[name] = present
+        elif asked := _by_place(name, choices):
+            types[name] = _held(name, asked, width)
+        elif mix.base in PLAIN:
+            types[name] = mix.base
+        elif asked := _by_pattern(name, choices):
+            types[name] = _fitting(asked, width)
+        elif choices.pure:
+            types[name] = _fitting(mix.base, width)
         else:
-            types.append(_fitting(_wanted(mix, kind, dims[-1], place), dims[-1]))
-    return types
+            i, n = at[kind], of_kind[kind]
+            if kind.startswith("ffn_"):  # experts come in any order: the name tells the layer
+                i, n = layer_of(name) if shape.experts > 1 else i, layers
+            at[kind] += 1
+            types[name] = _fitting(_wanted(mix, kind, width, Place(i, n, shape, imatrix), choices), width)
+    return [types[name] for name, _, _ in tensors]
 
 
-def _wanted(mix: Mixture, kind: str, width: int, place: Place) -> str:
+def _by_place(name: str, choices: Choices) -> str | None:
+    """The type chosen for embedding or output; a pattern that finds Gemma's per-layer embedding goes before it."""
+    kind = kind_of(name)
+    if kind == "token_embd" and not (name != "token_embd.weight" and _by_pattern(name, choices)):
+        return choices.token_embedding_type
+    return choices.output_type if kind == "output" else None
+
+
+def _by_pattern(name: str, choices: Choices) -> str | None:
+    return next((kind for pattern, kind in choices.tensor_types if pattern.search(name)), None)
+
+
+def _wanted(mix: Mixture, kind: str, width: int, place: Place, choices: Choices) -> str:
     if kind == "output" or (kind == "token_embd" and place.shape.tied):
+        if choices.output_type:
+            return choices.output_type
         if width % lookup(mix.base).block:
             return "Q8_0"
         return mix.output or ("Q8_0" if mix.base == "Q8_0" else "Q6_K")
@@ -253,6 +316,16 @@ def _wanted(mix: Mixture, kind: str, width: int, place: Place) -> str:
     if kind == "attn_v" and place.shape.is_70b and not low and wanted in ("Q3_K", "Q4_K"):
         return "Q5_K"
     return wanted
+
+
+def _held(name: str, kind: str, width: int) -> str:
+    if width % lookup(kind).block:
+        raise UsageError(
+            f"its rows of {width} do not divide into {kind} blocks of {lookup(kind).block}",
+            where=name,
+            hint=f"choose {_fitting(kind, width)} for it",
+        )
+    return kind
 
 
 def _fitting(kind: str, width: int) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import BadInput, UsageError
-from quantkit.files import gguf_writer, safetensors
+from quantkit.files import gguf_set, gguf_writer, safetensors
 from quantkit.model import Model, Ref
 from quantkit.stats import Stats, error
 
@@ -30,6 +30,22 @@ class Calibration:
     text: str
     rows: int
     seqlen: int
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is asked of targets beside their names, as `llama-quantize` takes it; the defaults ask for nothing.
+
+    Only GGUF targets have a use for any of it so far; see `targets.gguf` and `targets.mixtures`.
+    """
+
+    output_type: str | None = None  # of output.weight, and of token_embd.weight where it is the output as well
+    token_embedding_type: str | None = None
+    tensor_types: tuple[tuple[re.Pattern[str], str], ...] = ()  # the first that is found in a tensor's name counts
+    pure: bool = False  # the mixture's base type for every tensor
+    leave_output: bool = False  # output.weight stays as it is
+    split_bytes: int | None = None  # the largest file of a set
+    imatrix: Path | None = None  # in place of calibrating
 
 
 @dataclass(frozen=True)
@@ -74,14 +90,14 @@ class Solved:
 
 @dataclass(frozen=True)
 class Output:
-    """One planned product: a folder in HF format (`texts` are its small files) or one GGUF file."""
+    """One planned product: a folder in HF format (`texts` are its small files), a GGUF, or a folder of its shards."""
 
     target: str
     format: str
-    path: str  # relative to the output folder
+    path: str  # what a reader is given, relative to the output folder
     note: str  # what was chosen, in words
     rows: tuple[Row, ...]
-    layout: safetensors.Layout | gguf_writer.Layout
+    layout: safetensors.Layout | gguf_writer.Layout | gguf_set.SetLayout
     solve: Callable[[Piece], Iterator[Solved]]
     calibrated: bool
     texts: dict[str, str] = field(default_factory=dict)
@@ -92,15 +108,22 @@ class Output:
         return self.layout.nbytes + sum(len(t.encode()) for t in self.texts.values())
 
     @property
+    def root(self) -> str:
+        """The file or folder that holds all of the product, relative to the output folder."""
+        return self.path.split("/")[0]
+
+    @property
     def is_folder(self) -> bool:
         """Whether the product is a folder and not a file."""
-        return isinstance(self.layout, safetensors.Layout)
+        return not isinstance(self.layout, gguf_writer.Layout)
 
-    def writer(self, path: Path) -> safetensors.FolderWriter | gguf_writer.GGUFWriter:
+    def writer(self, path: Path) -> safetensors.FolderWriter | gguf_writer.GGUFWriter | gguf_set.SetWriter:
         """Open the product for writing at `path`; a folder's small files are written at once."""
         if isinstance(self.layout, gguf_writer.Layout):
             return gguf_writer.GGUFWriter(path, self.layout)
         path.mkdir()
+        if isinstance(self.layout, gguf_set.SetLayout):
+            return gguf_set.SetWriter(path, self.layout)
         for name, text in self.texts.items():
             (path / name).write_text(text, encoding="utf-8")
         return safetensors.FolderWriter(path, self.layout)
@@ -112,7 +135,7 @@ class Family:
 
     usage: str
     pattern: re.Pattern[str]
-    plan: Callable[[re.Match[str], Model, Calibration | None], Output]
+    plan: Callable[[re.Match[str], Model, Calibration | None, Choices], Output]
 
 
 def weight_loss(weight: Tensor, value: Tensor, stats: Stats | None) -> float:
