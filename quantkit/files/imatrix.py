@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from gguf.constants import GGUFValueType
 from torch import Tensor
@@ -205,7 +206,7 @@ def _read_legacy(path: Path) -> Imatrix:
     counts: dict[str, Tensor] = {}
     for _ in range(file.int32()):
         name, chunks = file.text(), file.int32()
-        values = torch.frombuffer(bytearray(file.take(4 * file.int32())), dtype=torch.float32)
+        values = torch.from_numpy(np.frombuffer(file.take(4 * file.int32()), dtype="<f4").copy())
         if not TENSOR_NAME.fullmatch(name) or not len(values):
             raise FormatError("neither a GGUF nor a whole .dat", where=path, offset=file.pos, hint=AGAIN)
         # a weight that was written with no chunk at all is divided by nothing, as llama.cpp's quantize does it
