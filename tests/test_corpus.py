@@ -10,9 +10,11 @@ import zipfile
 from dataclasses import dataclass
 
 import huggingface_hub
+import pyarrow
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from pyarrow import parquet
 
 from quantkit import corpus
 from quantkit.corpus import (
@@ -127,8 +129,6 @@ def test_parquet_without_pyarrow_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_parquet_has_a_document_a_row(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": ["one", None, "two"]}), tmp_path / "good.parquet")
     assert load_text(tmp_path / "good.parquet").documents == ("one", "two")
     parquet.write_table(pyarrow.table({"body": ["one"]}), tmp_path / "other.parquet")
