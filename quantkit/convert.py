@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from quantkit.corpus import Text
-from quantkit.errors import UsageError, VerifyError
+from quantkit.errors import BadInput, UsageError, VerifyError
 from quantkit.evaluate import Predictions, Score, predict, score
 from quantkit.files.atomic import require_space, staged
 from quantkit.files.imatrix import write_imatrix
 from quantkit.forward import Network, States, embed, network, readers, run, watching
 from quantkit.importance import Sums, imatrix_of, squares
-from quantkit.model import Model, open_model
+from quantkit.model import Model, Ref, open_model
 from quantkit.plan import Plan
 from quantkit.stats import Stats
 from quantkit.targets import Output, Piece, Row
@@ -182,16 +182,23 @@ def _solve(
     stage = "calibrating and solving" if calibration is not None else "writing"
     yield Progress(stage, 0, total)
     for done, (name, ref) in enumerate(outer):
-        yield from _each(products, Piece(model, {name: ref}, {name: ref.read().to(device)}, {}))
+        yield from _each(products, Piece(model, {name: ref}, {name: _read(name, ref, device)}, {}))
         yield Progress(stage, done + 1, total)
     states = embed(net, calibration) if net and calibration is not None else None
     for layer in range(model.layers):
         refs = {ref.placed.hf: ref for ref in model.block(layer).values()}
-        weights = {name: ref.read().to(device) for name, ref in refs.items()}
+        weights = {name: _read(name, ref, device) for name, ref in refs.items()}
         stats = _statistics(net, states, layer, weights) if net and states else {}
         yield from _each(products, Piece(model, refs, weights, stats))
         sums |= squares(layer, stats)
         yield Progress(stage, len(outer) + layer + 1, total)
+
+
+def _read(name: str, ref: Ref, device: torch.device) -> Tensor:
+    weight = ref.read().to(device)
+    if not bool(torch.isfinite(weight).all()):
+        raise BadInput("holds values that are not finite", where=name, hint="the source is damaged; get it again")
+    return weight
 
 
 def _statistics(net: Network, states: States, layer: int, weights: dict[str, Tensor]) -> dict[str, Stats]:
