@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections import Counter
+from collections.abc import Iterable
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from quantkit.corpus import Text
 from quantkit.evaluate import Score
 from quantkit.model import Model
 from quantkit.recipe import Recipe
+from quantkit.targets.mixtures import PLAIN
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "gguf", "libggml-python", "numpy", "safetensors")
 
@@ -64,6 +67,44 @@ def fingerprint(model: Model) -> dict[str, str]:
         with open(path, "rb") as f:
             out[Path(path).name] = hashlib.file_digest(f, "sha256").hexdigest()
     return out
+
+
+def lineage(model: Model) -> dict[str, Any]:
+    """The lowest-bit type among the source's matrices, and what it means for everything made of it."""
+    matrices = [r for r in model.tensors.values() if len(r.shape) > 1]
+    lowest = min(matrices, key=lambda r: r.nbytes / prod(r.shape))
+    low = [r for r in matrices if r.type == lowest.type]
+    bits = round(8 * lowest.nbytes / prod(lowest.shape), 4)
+    note = f"The source holds {len(low)} of its {len(matrices)} matrices as {lowest.type} ({bits:g} bits a weight). "
+    if lowest.type in PLAIN:
+        note += "What an earlier conversion may have lost cannot be seen in it."
+    else:
+        note += (
+            "What was lost of the original when they were quantized cannot be recovered: "
+            "all errors and scores here are against the source, not against the original."
+        )
+    return {"lowest_type": lowest.type, "bits_per_weight": bits, "tensors": len(low), "note": note}
+
+
+def upcasts(model: Model, done: Iterable[TensorDone]) -> list[str]:
+    """A warning for every pair of types by which tensors of an output grew and lost, with the error measured."""
+    grown: dict[tuple[str, str, str], list[TensorDone]] = {}
+    for t in done:
+        ref = model.tensors[t.row.source]
+        if t.row.solver == "ggml" and ref.type not in PLAIN and t.row.nbytes > ref.nbytes:
+            grown.setdefault((t.target, ref.type, t.row.type), []).append(t)
+    return [_upcast(model, *types, tensors) for types, tensors in grown.items()]
+
+
+def _upcast(model: Model, target: str, before: str, after: str, tensors: list[TensorDone]) -> str:
+    size = sum(t.row.nbytes for t in tensors) / sum(model.tensors[t.row.source].nbytes for t in tensors) - 1
+    worst = max(tensors, key=lambda t: t.loss)
+    mean = sum(t.loss for t in tensors) / len(tensors)
+    error = f"worse than the source, by {mean:.2g} of its energy on average and {worst.loss:.2g} in {worst.row.name}"
+    return (
+        f"{target}: {before} to {after} in {len(tensors)} of the source's tensors "
+        f"ends {error if worst.loss else 'no better than the source'}; costs {size:+.0%} size for nothing"
+    )
 
 
 def text_record(text: Text, ids: Tensor) -> dict[str, Any]:
@@ -129,6 +170,7 @@ def report(
         "calibration": calibration,
         "evaluation": evaluation,
         "recipe": recipe.model_dump(mode="json"),
+        "lineage": lineage(model),
         "warnings": warnings,
         "device": device,
         "versions": {"quantkit": version("gguf-quantkit"), "python": platform.python_version()}

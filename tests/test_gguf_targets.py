@@ -173,5 +173,46 @@ def test_a_recipe_says_the_same_as_the_options(source, tmp_path):
     assert from_file["blk.2.ffn_down.weight"] == "Q4_K"  # pure: Q6_K by the mixture
 
 
+def test_an_upcast_is_warned_about_with_its_measured_cost(source, tmp_path):
+    """Q3_K up to Q4_K: gguf-py's floats of both files say the same error, and the sizes are ggml's."""
+    made(source, tmp_path / "low", "--to", "Q3_K_S", "--no-calibration", "--pure")
+    low = tmp_path / "low" / "Toy-Q3_K_S.gguf"
+    code, stdout, stderr = quantkit(
+        *("convert", low, "-o", tmp_path / "out", "--to", "Q4_K_M", "--to", "Q3_K_S", "--to", "F16", "--pure"),
+        *("--no-calibration", "--no-eval", "--json", "--output-type", "Q3_K", "--leave-output"),
+    )
+    assert code == 0, stderr
+    report = json.loads(stdout)
+    warning, exact = report["warnings"]  # what stays Q3_K is copied, plain floats lose nothing
+    assert exact == (
+        "Q4_K_M: Q4_0 to Q5_0 in 3 of the source's tensors ends no better than the source; costs +22% size for nothing"
+    )
+    assert f"warning: {warning}" in " ".join(stderr.split())
+    assert warning.startswith("Q4_K_M: Q3_K to Q4_K in 19 of the source's tensors ends worse than the source")
+    assert warning.endswith("costs +31% size for nothing")  # 144 bytes a block for 110
+    before, after = (
+        {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type)) for t in gguf.GGUFReader(p).tensors}
+        for p in (low, tmp_path / "out" / "Toy-Q4_K_M.gguf")
+    )
+    tensors = next(v for v in report["variants"] if v["target"] == "Q4_K_M")["tensors"]
+    for t in tensors:
+        made_of, full = before[t["name"]], before[t["name"]].square().sum()
+        assert t["loss"] == pytest.approx(((after[t["name"]] - made_of).square().sum() / full).item(), abs=1e-6)
+    worst = max(tensors, key=lambda t: t["loss"])
+    assert worst["loss"] > 1e-4 and f"{worst['loss']:.2g} in {worst['name']}" in warning
+
+
+def test_the_lineage_says_what_is_lost(source, tmp_path):
+    first = made(source, tmp_path / "low", "--to", "Q4_K_M", "--no-calibration")
+    lineage = first["lineage"]
+    assert (lineage["lowest_type"], lineage["bits_per_weight"], lineage["tensors"]) == ("F16", 16, 23)
+    assert first["warnings"] == [] and "cannot be seen" in lineage["note"]
+    second = made(tmp_path / "low" / "Toy-Q4_K_M.gguf", tmp_path / "again", "--to", "fp16")
+    lineage = second["lineage"]
+    assert (lineage["lowest_type"], lineage["bits_per_weight"]) == ("Q4_K", 4.5)
+    assert "cannot be recovered" in lineage["note"]
+    assert "of its 23 matrices as Q4_K (4.5 bits a weight)" in lineage["note"]
+
+
 def test_choices_ask_for_nothing_by_default():
     assert Choices() == Choices(None, None, (), False, False, None, None)

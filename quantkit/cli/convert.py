@@ -18,7 +18,7 @@ from quantkit.forward import device_of
 from quantkit.model import Model, open_model
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import Recipe, load_recipe
-from quantkit.report import report, text_record, variant_record
+from quantkit.report import report, text_record, upcasts, variant_record
 from quantkit.selfcal import self_calibration
 
 
@@ -114,6 +114,9 @@ def _run(
                     variants.append(variant_record(event, tensors[made.target], model.parameters))
                 case Failed(_, error):
                     failed.append(error)
+    grown = upcasts(model, (t for done in tensors.values() for t in done))
+    for warning in grown:
+        err.print(f"warning: {warning}", soft_wrap=True)
     record = report(
         model,
         settings,
@@ -122,7 +125,7 @@ def _run(
         text_record(text, rows) if text is not None and rows is not None else None,
         text_record(words, chunks) if words is not None and chunks is not None else None,
         str(device),
-        warnings,
+        [*warnings, *grown],
     )
     with staged(output / "report.json", replace=True) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n")
@@ -133,6 +136,7 @@ def _run(
     for v in variants:
         out.print(f"{v['target']:<14} {output / v['path']}", soft_wrap=True)
     out.print(f"{'report':<14} {output / 'report.json'}", soft_wrap=True)
+    out.print(record["lineage"]["note"], soft_wrap=True)
     return failed
 
 
