@@ -28,7 +28,7 @@ test: $(VENV)/ready
 
 gpu: $(VENV)/ready
 	$(BIN)/pytest -m gpu
-	$(BIN)/python benchmarks/gpu.py > docs/gpu.md
+	$(BIN)/python benchmarks/gpu.py > docs/gpu.md.new && mv docs/gpu.md.new docs/gpu.md
 
 clean:
 	rm -rf $(VENV) .cache demo

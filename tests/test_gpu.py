@@ -1,0 +1,37 @@
+"""The same work on a CUDA device: the same codes, statistics and scores as on the processor."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from test_convert import quantkit
+from toy import toy_model, write_toy
+
+from quantkit.codecs.grid import Grid
+from quantkit.solvers.gptq import gptq
+from quantkit.stats import Stats
+
+pytestmark = pytest.mark.gpu
+
+
+def test_statistics_and_codes_agree():
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(2000, 256, generator=g), torch.randn(96, 256, generator=g)
+    here, there = Stats.zeros(256).add(x), Stats.zeros(256, "cuda").add(x.cuda())
+    assert torch.allclose(here.gram, there.gram.cpu(), rtol=1e-4, atol=1e-1)
+    same = gptq(w, here, Grid(4, 64)).codes == gptq(w.cuda(), there, Grid(4, 64)).codes.cpu()
+    assert same.float().mean() > 0.98  # sums come in another order: a code at a border may fall to either side
+
+
+def test_a_conversion_scores_as_it_does_on_the_processor(tmp_path):
+    source = write_toy(tmp_path / "Toy.F32.gguf", toy_model())
+    targets = [f"--to={t}" for t in ("fp16", "gptq", "awq", "Q4_K_M")]
+    made = {}
+    for device in ("cpu", "cuda"):
+        options = ("--samples", 8, "--seqlen", 64, "--eval-chunks", 2, "--device", device, "--json")
+        code, stdout, stderr = quantkit("convert", source, "-o", tmp_path / device, *targets, *options)
+        assert code == 0, stderr
+        made[device] = {v["target"]: v["kl_divergence"]["mean"] for v in json.loads(stdout)["variants"]}
+    assert made["cuda"] == pytest.approx(made["cpu"], rel=0.1, abs=1e-5)
