@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import BadInput, UsageError
-from quantkit.model import Model
+from quantkit.model import Model, transformers_config
 from quantkit.stats import Stats
 
 BATCH_TOKENS = 2048  # tokens through a block at once: enough for full matmul speed, little beside a block's weights
@@ -57,6 +57,13 @@ class Network:
         )
         return module.eval()
 
+    def set_buffers(self, module: nn.Module) -> None:
+        """Put what no file holds on the device, as transformers sets it: the scale of Gemma's embedding."""
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=self.device))
+        initialized: Any = self.empty
+        initialized._init_weights(module)
+
     @contextmanager
     def block(self, layer: int, weights: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
         """Block `layer` with its weights (read from the model unless given), emptied again at the end."""
@@ -80,16 +87,11 @@ class Network:
 
 def network(model: Model, device: torch.device) -> Network:
     """The empty network of `model`, from transformers, checked to have exactly the model's tensors."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    values = {k: v for k, v in model.config.items() if k not in ("model_type", "quantization_config", "torch_dtype")}
-    try:
-        config = AutoConfig.for_model(model.config["model_type"], **values)
-    except (ValueError, TypeError, StrictDataclassError) as e:
-        reason = str(e).splitlines()[-1].strip()
-        raise BadInput(f"transformers refuses this configuration ({reason})", where=model.path) from e
-    config._attn_implementation = "sdpa"
+    config = transformers_config(model.config, model.path)
+    # the fused kernels know no soft cap on attention and would leave it out
+    config._attn_implementation = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     wanted = {n: tuple(p.shape) for n, p in empty.named_parameters()}
@@ -137,6 +139,7 @@ def embed(net: Network, ids: Tensor) -> States:
     try:
         base.layers, base.norm = nn.ModuleList(notes), nn.Identity()
         base.rotary_emb = type(rotary)(config=base.config).to(net.device)
+        net.set_buffers(base.embed_tokens)
         net.filled(base.embed_tokens, {"weight": net.outer("model.embed_tokens.weight")})
         step = max(1, BATCH_TOKENS // ids.shape[1])
         hidden = torch.cat(
@@ -221,6 +224,7 @@ def generate(net: Network, start: Tensor, length: int, seed: int, temperature: f
     """Sample sequences (n, length) that continue `start` (n, s), with the whole model on the device, seeded."""
     from transformers import GenerationConfig
 
+    net.set_buffers(net.base.embed_tokens)
     net.filled(net.empty, {name: net.outer(name) for name in net.model.tensors} | _tied(net))
     net.base.rotary_emb = type(net.base.rotary_emb)(config=net.base.config).to(net.device)
     torch.manual_seed(seed)

@@ -14,7 +14,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from quantkit import arch as families
@@ -120,15 +119,15 @@ def _only_gguf(path: Path) -> Path:
 
 def _open_gguf(path: Path) -> Model:
     gguf = read_gguf(path)
-    name = str(gguf.get("general.architecture"))
-    arch = families.by_gguf(name, where=str(path))
-    config = arch.config_from_gguf(gguf.get, {n: t.shape for n, t in gguf.tensors.items()})
+    shapes = {n: t.shape for n, t in gguf.tensors.items()}
+    arch = families.by_gguf(str(gguf.get("general.architecture")), gguf.get, where=str(path))
+    config = arch.config_from_gguf(gguf.get, shapes, lambda name: _decoded(gguf, name))
     files = tokenizer_files({key: value.data for key, value in gguf.metadata.items()})
     ids = {f"{k}_token_id": gguf.get(f"tokenizer.ggml.{g}_token_id") for k, g in _SPECIAL.items()}
     ids = {k: int(v) for k, v in ids.items() if v is not None}
-    config |= ids
+    config |= ids | {"pad_token_id": ids.get("pad_token_id")}  # transformers has defaults of its own for some families
     files["generation_config.json"] = json.dumps(ids, indent=2) + "\n"
-    tensors = _match(arch, config, {n: t.shape for n, t in gguf.tensors.items()}, str(path))
+    tensors = _match(arch, config, shapes, str(path))
     refs = {p.hf: _gguf_ref(gguf, gguf.tensors[p.gguf], p, config) for p in tensors}
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
     return Model(_TYPE_SUFFIX.sub("", stem), path, "gguf", arch, config, files, refs, gguf)
@@ -152,7 +151,7 @@ def _match(
                 where=where,
                 hint="the file is damaged or mislabelled",
             )
-    if unknown := sorted(set(found) - {p.gguf for p in expected}):
+    if unknown := sorted(set(found) - {p.gguf for p in expected} - arch.computed(config).keys()):
         raise Unsupported(
             f"architecture {arch.gguf} has no entry for the tensor {unknown[0]}",
             where=where,
@@ -163,16 +162,22 @@ def _match(
 
 def _gguf_ref(gguf: GGUF, info: TensorInfo, placed: Placed, config: Mapping[str, Any]) -> Ref:
     def read() -> Tensor:
-        weight = decode(info.type, gguf.raw(info.name), info.shape)
+        weight = _decoded(gguf, info.name)
         return placed.weight.layout.to_hf(weight, config) if placed.weight.layout else weight
 
     return Ref(placed, info.type, info.nbytes, read)
 
 
+def _decoded(gguf: GGUF, name: str) -> Tensor:
+    info = gguf.tensors[name]
+    return decode(info.type, gguf.raw(name), info.shape)
+
+
 def _open_folder(path: Path) -> Model:
     config = _json(path / "config.json")
     arch = families.by_hf(str(config.get("model_type")), where=str(path / "config.json"))
-    config = arch.complete(config, where=str(path / "config.json"))
+    defaults = transformers_config(config, path).to_dict()
+    config = arch.complete(config, defaults, where=str(path / "config.json"))
     folder = open_folder(path)
     quantization = config.get("quantization_config") or {}
     method = quantization.get("quant_method", "dense")
@@ -183,6 +188,19 @@ def _open_folder(path: Path) -> Model:
     if "tokenizer.json" not in files:
         raise BadInput("no tokenizer.json in this folder", where=path, hint="save the fast tokenizer beside the model")
     return Model(path.resolve().name, path, method, arch, config, files, refs)
+
+
+def transformers_config(config: Mapping[str, Any], where: Path) -> Any:
+    """The configuration as transformers completes it; BadInput where it refuses to."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    values = {k: v for k, v in config.items() if k not in ("model_type", "quantization_config", "torch_dtype")}
+    try:
+        return AutoConfig.for_model(config["model_type"], **values)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as e:
+        reason = str(e).splitlines()[-1].strip()
+        raise BadInput(f"transformers refuses this configuration ({reason})", where=where) from e
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -247,8 +265,3 @@ def _awq_ref(folder: Folder, placed: Placed, quantization: Mapping[str, Any]) ->
 
 
 _READERS = {"dense": _dense_ref, "gptq": _gptq_ref, "awq": _awq_ref}
-
-
-def nonfinite(weight: Tensor) -> bool:
-    """Whether a weight holds an infinity or a NaN."""
-    return not bool(torch.isfinite(weight).all())

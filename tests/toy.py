@@ -1,4 +1,4 @@
-"""A toy Llama with random weights, written by gguf-py and by transformers: small, no two widths equal."""
+"""Toys with random weights, small, no two widths equal: a Llama that gguf-py writes, and every family as a folder."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as T
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 CONFIG = {
     "vocab_size": 320,
@@ -114,3 +124,98 @@ def gguf_name(hf: str) -> str:
         return f"{outer[stem]}.{part}"
     _, _, layer, inner = stem.split(".", 3)
     return f"blk.{layer}.{NAMES[inner]}.{part}"
+
+
+# Every family, small, its widths all different; `scale` is what embeddings are multiplied by, so that tops stand out.
+SHAPE = {
+    "vocab_size": 328,  # eight rows more than the vocabulary has tokens
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 640,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+SQUARE = SHAPE | {"hidden_size": 192, "head_dim": 32}  # llama.cpp wants heads as wide as the hidden state
+
+
+def rope(theta: float, **scaling: object) -> dict[str, object]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta} | scaling}
+
+
+def llama3(length: int) -> dict[str, object]:
+    numbers = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return {"rope_type": "llama3", "original_max_position_embeddings": length, **numbers}
+
+
+GEMMA = SHAPE | {"query_pre_attn_scalar": 32, "sliding_window": 16, "tie_word_embeddings": True}
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": SHAPE | rope(40000.0) | {"model_type": "llama"},
+    "llama-biased-tied": SHAPE | {"model_type": "llama", "attention_bias": True, "tie_word_embeddings": True},
+    "llama-llama3": SHAPE | rope(10000.0, **llama3(64)) | {"model_type": "llama"},
+    "llama-linear": SHAPE | rope(10000.0, rope_type="linear", factor=4.0) | {"model_type": "llama"},
+    "llama-yarn": SHAPE
+    | rope(10000.0, rope_type="yarn", factor=4.0, original_max_position_embeddings=160)
+    | {"model_type": "llama"},
+    "mistral": SHAPE | rope(1e6) | {"model_type": "mistral", "sliding_window": 256},
+    "qwen2": SQUARE | rope(1e6) | {"model_type": "qwen2"},
+    "qwen3": SHAPE | rope(1e6) | {"model_type": "qwen3", "rms_norm_eps": 1e-6},
+    "qwen3-yarn": SHAPE
+    | rope(1e6, rope_type="yarn", factor=4.0, original_max_position_embeddings=160)
+    | {"model_type": "qwen3", "tie_word_embeddings": True},
+    # a name with phi3 in it would make llama.cpp look for that model's special tokens
+    "phi": SQUARE
+    | rope(10000.0)
+    | {"model_type": "phi3", "original_max_position_embeddings": 640, "sliding_window": 256},
+    "gemma2": GEMMA
+    | rope(10000.0)
+    | {"model_type": "gemma2", "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0, "num_hidden_layers": 4},
+    "gemma3": GEMMA
+    | {"model_type": "gemma3_text", "num_hidden_layers": 7, "vocab_size": 322}  # its converter cuts the rows off
+    | {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
+        }
+    },
+}
+
+
+def family_model(name: str, seed: int = 0) -> PreTrainedModel:
+    """The transformers model of a row of `FAMILIES`, with random weights and clear tops."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(**FAMILIES[name])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    offset = 0 if "gemma" in name else 1  # Gemma's norms multiply by 1 + w
+    with torch.no_grad():
+        for path, p in model.named_parameters():
+            if "norm" in path:
+                p.copy_(offset + 0.1 * torch.randn(p.shape))
+            elif p.dim() == 1:
+                p.copy_(0.3 * torch.randn(p.shape))
+            else:
+                p.copy_(torch.randn(p.shape) * p.shape[-1] ** -0.5 * (2 if "embed" in path or "lm_head" in path else 1))
+    return model
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """`vocabulary()` as transformers has it, cut as `smollm`."""
+    tokens, _ = vocabulary()
+    merges = [(t[0], t[1]) for t in tokens[258:]]
+    backend = Tokenizer(BPE({t: i for i, t in enumerate(tokens)}, merges))
+    backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    backend.decoder = ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|s|>", eos_token="<|e|>")
+
+
+def write_family(folder: Path, name: str) -> Path:
+    """A row of `FAMILIES` as transformers saves it."""
+    family_model(name).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from functools import cache
 
-from quantkit.arch.schema import Architecture, find
+from quantkit.arch.schema import Architecture, Get, find
 
 
 @cache
@@ -15,9 +15,11 @@ def _families() -> tuple[Architecture, ...]:
     return tuple(m.ARCHITECTURE for m in modules if hasattr(m, "ARCHITECTURE"))
 
 
-def by_gguf(name: str, where: str) -> Architecture:
-    """The family whose `general.architecture` is `name`."""
-    return find({a.gguf: a for a in _families()}, name, where)
+def by_gguf(name: str, get: Get, where: str) -> Architecture:
+    """The family whose `general.architecture` is `name`; where several share it, a key of the file tells them apart."""
+    plain = find({a.gguf: a for a in _families() if a.tell is None}, name, where)
+    told = [a for a in _families() if a.gguf == name and a.tell is not None and a.covers(get)]
+    return told[0] if told else plain
 
 
 def by_hf(model_type: str, where: str) -> Architecture:

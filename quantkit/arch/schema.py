@@ -2,7 +2,7 @@
 
 A family file holds rows and nothing else. What differs between GGUF and Hugging Face is stated once: the two names of a
 weight, the two names of a configuration key, and how the rows of a weight are laid out. This module is what can be
-derived from such rows. It leaves out tokenizers (`tokenizer.py`) and reading files.
+derived from such rows. It leaves out tokenizers (`tokenizer.py`), scaled rotary embeddings (`rope.py`) and files.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from quantkit.errors import BadInput, Unsupported
+from quantkit.arch import rope
+from quantkit.errors import BadInput, FormatError, Unsupported
 
 Config = Mapping[str, Any]  # the contents of an HF config.json
+Get = Callable[[str], Any]  # a GGUF key -> its plain value, or None
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,19 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class PlusOne:
+    """A norm whose HF module multiplies by 1 + w; a GGUF stores the sum (llama.cpp `conversion/gemma.py`)."""
+
+    def to_gguf(self, w: Tensor, config: Config) -> Tensor:
+        """w -> 1 + w, what the activation is multiplied by."""
+        return w + 1
+
+    def to_hf(self, w: Tensor, config: Config) -> Tensor:
+        """1 + w -> w; the inverse of `to_gguf`."""
+        return w - 1
+
+
+@dataclass(frozen=True)
 class Weight:
     """One weight: its GGUF and HF stems (no `.weight`), its shape in `Architecture.dims`, and what it touches."""
 
@@ -47,18 +62,30 @@ class Weight:
     shape: tuple[str, ...]
     reads: str | None = None  # the activation this weight consumes: one statistic per name
     writes: str | None = None  # the activation this weight scales: an AWQ fold target
-    layout: Rope | None = None
-    bias: str | None = None  # the config key that says there is a bias of shape[:1]
+    layout: Rope | PlusOne | None = None
+    bias: str | bool = False  # whether there is a bias of shape[:1], or the config key that says so
     absent: str | None = None  # the config key under which the weight is absent (tied embeddings)
+
+    def divided(self, w: Tensor, scale: Tensor, config: Config) -> Tensor:
+        """The weight or bias that writes its activation divided by `scale`, one number per row."""
+        column = scale.view(-1, *[1] * (w.dim() - 1))
+        if isinstance(self.layout, PlusOne):
+            return self.layout.to_hf(self.layout.to_gguf(w, config) / column, config)
+        return w / column
 
 
 @dataclass(frozen=True)
 class Key:
-    """One configuration value: GGUF key without the architecture prefix, HF key, and the value where GGUF is silent."""
+    """One configuration value: GGUF key without the architecture prefix, HF key, and the value where GGUF is silent.
+
+    Of two rows for one HF key, the second is a value that llama.cpp holds apart and HF does not: it must be the same.
+    """
 
     gguf: str
     hf: str
     default: Callable[[Config], Any] | None = None  # computed from the keys read before; None: the key is required
+    number: type[int] | type[float] = int
+    off: bool = False  # 0 says the same as no such key
 
 
 @dataclass(frozen=True)
@@ -73,7 +100,10 @@ class Architecture:
     block: tuple[Weight, ...]
     dims: Callable[[Config], dict[str, int]]
     fixed: tuple[tuple[str, Any], ...] = ()  # HF config values that every member of the family has
+    derived: tuple[tuple[str, Callable[[Config], Any]], ...] = ()  # HF values that llama.cpp computes from the others
     only: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # GGUF keys and the values this family file covers
+    scalings: tuple[str, ...] = ()  # the kinds of scaled rotary embeddings, of those in `rope.py`
+    tell: str | None = None  # the GGUF key that tells it from another family of the same GGUF name
 
     def weights(self, config: Config) -> Iterator[Placed]:
         """Every tensor a model of this configuration has: outer ones first, then block by block."""
@@ -89,15 +119,27 @@ class Architecture:
         dims = self.dims(config)
         shape = tuple(dims[d] for d in w.shape)
         yield Placed(f"{gguf}{w.gguf}.weight", f"{hf}{w.hf}.weight", shape, w, layer)
-        if w.bias and config.get(w.bias):
+        if w.bias is True or (w.bias and config.get(w.bias)):
             yield Placed(f"{gguf}{w.gguf}.bias", f"{hf}{w.hf}.bias", shape[:1], w, layer)
+
+    def computed(self, config: Config) -> dict[str, Tensor]:
+        """The tensors that only a GGUF has, computed from the configuration."""
+        freqs = rope.llama3_freqs(config)
+        return {} if freqs is None else {rope.FREQS: freqs}
 
     def folds(self) -> list[tuple[Weight, tuple[Weight, ...]]]:
         """(producer, consumers) for each activation that a norm or a matrix scales: where AWQ may fold."""
         return [(p, tuple(c for c in self.block if c.reads == p.writes)) for p in self.block if p.writes]
 
-    def config_from_gguf(self, get: Callable[[str], Any], tensors: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        """GGUF keys and tensor shapes (rows first) -> HF config.json. `get(key)` gives a plain value or None."""
+    def covers(self, get: Get) -> bool:
+        """Whether this is the family of a GGUF with these keys, of those with the same GGUF name."""
+        told = self.tell is None or get(f"{self.gguf}.{self.tell}") not in (None, 0)
+        return told and all(get(f"{self.gguf}.{name}") in covered for name, covered in self.only)
+
+    def config_from_gguf(
+        self, get: Get, tensors: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]
+    ) -> dict[str, Any]:
+        """GGUF keys, tensor shapes (rows first) and a way to read a tensor -> HF config.json."""
         for name, covered in self.only:
             if (value := get(f"{self.gguf}.{name}")) not in covered:
                 raise Unsupported(
@@ -117,40 +159,83 @@ class Architecture:
         for w in (*self.outer, *self.block):
             if w.absent:
                 config[w.absent] = f"{w.gguf}.weight" not in tensors
-            if w.bias:
+            if isinstance(w.bias, str):
                 config[w.bias] = config.get(w.bias, False) or f"blk.0.{w.gguf}.bias" in tensors
         for key in self.keys:
-            config[key.hf] = self._value(key, get(f"{self.gguf}.{key.gguf}"), config)
-        return config
+            value = self._value(key, get(f"{self.gguf}.{key.gguf}"), config)
+            if config.setdefault(key.hf, value) != value:
+                raise Unsupported(
+                    f"{printable(value)} beside a {key.hf} of {config[key.hf]} is not supported",
+                    where=f"{self.gguf}.{key.gguf}",
+                )
+        freqs = read(rope.FREQS) if rope.FREQS in tensors else None
 
-    def complete(self, config: Config, where: str) -> dict[str, Any]:
-        """An HF config.json with the values it leaves to its class filled in, and rotary keys in their flat form.
+        def own(name: str) -> Any:
+            value = get(f"{self.gguf}.{name}")
+            return shortest(value) if isinstance(value, float) else value
 
-        transformers 5 nests them as `rope_parameters`; it reads `rope_theta` and `rope_scaling` as 4.x writes them.
+        if scaling := rope.scaling_from_gguf(own, freqs, config, self.scalings):
+            config["rope_scaling"] = scaling
+        return config | {name: value(config) for name, value in self.derived}
+
+    def config_to_gguf(self, config: Config) -> dict[str, Any]:
+        """HF config.json -> GGUF keys, without the file's general ones; the inverse of `config_from_gguf`.
+
+        Raises Unsupported for a value that llama.cpp has no key for and would not compute so.
         """
-        full = dict(self.fixed) | {"tie_word_embeddings": False, "attention_bias": False} | dict(config)
-        rope = full.pop("rope_parameters", None)
-        if isinstance(rope, dict):
-            rope = dict(rope)
-            full["rope_theta"] = rope.pop("rope_theta", 10000.0)
-            if rope.get("rope_type", "default") != "default":
-                full["rope_scaling"] = rope
+        for name, value in self.derived:
+            if name in config and config[name] != value(config):
+                raise Unsupported(
+                    f"a GGUF of {self.gguf} cannot say {printable(config[name])}",
+                    where=name,
+                    hint="choose an HF target",
+                )
+        keys = {
+            key.gguf: key.number(config[key.hf]) for key in self.keys if config.get(key.hf) is not None
+        } | rope.scaling_to_gguf(config, self.scalings)
+        return {f"{self.gguf}.{name}": value for name, value in keys.items()}
+
+    def complete(self, config: Config, defaults: Config, where: str) -> dict[str, Any]:
+        """An HF config.json with what it leaves to its class filled in, and rotary keys in their flat form.
+
+        `defaults` is the same configuration as transformers completes it. transformers 5 nests rotary keys as
+        `rope_parameters`; it reads `rope_theta` and `rope_scaling` as 4.x writes them. Raises Unsupported for a value
+        that the family's rows do not cover.
+        """
+        biases = [w.bias for w in self.block if isinstance(w.bias, str)]
+        absent = [w.absent for w in self.outer if w.absent]
+        named = [*(k.hf for k in self.keys), *dict(self.fixed), *dict(self.derived), *biases, *absent]
+        full = {name: defaults[name] for name in named if defaults.get(name) is not None}
+        full |= {k: v for k, v in config.items() if v is not None or k not in full}
+        full.pop("rope_parameters", None)
+        full |= flat_rope(defaults.get("rope_parameters") or {})
         for key in self.keys:
             if full.get(key.hf) is None:
                 if key.default is None:
                     raise BadInput("config.json lacks this required key", where=f"{where}: {key.hf}")
                 full[key.hf] = key.default(full)
+        for name, value in self.fixed:
+            if full.setdefault(name, value) != value:
+                raise Unsupported(
+                    f"the value {printable(full[name])} is not supported",
+                    where=f"{where}: {name}",
+                    hint=f"known: {value}",
+                )
         return full
 
     def _value(self, key: Key, value: Any, config: Config) -> Any:
         name = f"{self.gguf}.{key.gguf}"
+        if key.off and value == 0:
+            value = None
         if value is None and key.default is None:
             raise BadInput("the file lacks this required key", where=name, hint="ask its publisher for a complete file")
         if value is None and key.default is not None:
             return key.default(config)
         if isinstance(value, bool | str) or not isinstance(value, int | float) or value <= 0:
             raise BadInput(f"{printable(value)} is not a positive number", where=name, hint="the file is damaged")
-        return shortest(value) if isinstance(value, float) else value
+        if key.number is int and value != int(value):
+            raise FormatError(f"{printable(value)} is not a whole number", where=name, hint="the file is damaged")
+        return shortest(value) if key.number is float else int(value)
 
 
 @dataclass(frozen=True)
@@ -162,6 +247,22 @@ class Placed:
     shape: tuple[int, ...]
     weight: Weight
     layer: int | None
+
+
+def flat_rope(parameters: Config) -> dict[str, Any]:
+    """`rope_parameters` of transformers 5 as the flat keys that 4.x writes and both read."""
+    local = parameters.get("sliding_attention")
+    full = dict(parameters.get("full_attention", parameters))
+    out: dict[str, Any] = {"rope_theta": float(full.pop("rope_theta", 10000.0))}
+    if (part := full.pop("partial_rotary_factor", 1.0)) != 1.0:
+        raise Unsupported(f"a partial_rotary_factor of {part} is not supported", where="rope_parameters")
+    if full.get("rope_type", "default") != "default":
+        out["rope_scaling"] = full
+    if local is not None:
+        out["rope_local_base_freq"] = float(local.get("rope_theta", 10000.0))
+        if local.get("rope_type", "default") != "default":
+            raise Unsupported("scaling inside the sliding window is not supported", where="rope_parameters")
+    return out
 
 
 def shortest(value: float) -> float:

@@ -1,0 +1,137 @@
+"""Scaled rotary embeddings: HF's `rope_scaling` next to what a GGUF says of it, each way round.
+
+`linear` and `yarn` are keys in a GGUF (llama.cpp `conversion/base.py`, `set_gguf_parameters`). `llama3` is a tensor:
+`rope_freqs.weight` holds the number each frequency is divided by (`conversion/llama.py`, `generate_extra_tensors`), and
+is turned back into HF's four numbers here. Left out, and refused, is what llama.cpp and transformers compute
+differently: longrope, dynamic scaling, yarn with an attention factor of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import BadInput, Unsupported
+
+FREQS = "rope_freqs.weight"
+PREFIX = "rope.scaling."
+TOLERANCE = 1e-6  # relative; a float32 holds 6e-8
+
+# GGUF key under `rope.scaling.` -> key of HF's `rope_scaling`, its type, and the GGUF key that stands in for it: a
+# scaling is nothing without those that have one. Old converters wrote `scale_linear`; n_ctx_orig_yarn begins as
+# n_ctx_train.
+LINEAR = (("factor", "factor", float, "rope.scale_linear"),)
+YARN = (
+    *LINEAR,
+    ("original_context_length", "original_max_position_embeddings", int, "context_length"),
+    ("yarn_beta_fast", "beta_fast", float, None),
+    ("yarn_beta_slow", "beta_slow", float, None),
+)
+KINDS = {"linear": LINEAR, "yarn": YARN}
+# Keys that change the result in one of the two programs only, and the values with which they do not.
+INERT = {"yarn_ext_factor": (None, 1.0), "yarn_attn_factor": (None, 1.0), "attn_factor": (None, 1.0)}
+
+
+def scaling_from_gguf(
+    get: Callable[[str], Any], freqs: Tensor | None, config: Mapping[str, Any], known: tuple[str, ...]
+) -> dict[str, Any] | None:
+    """HF's `rope_scaling`, or None. `get` knows the keys without the architecture's name; `freqs` is the tensor."""
+    for key, inert in INERT.items():
+        if get(PREFIX + key) not in inert:
+            raise Unsupported(f"the value {get(PREFIX + key)} is not supported", where=PREFIX + key)
+    kind = get(PREFIX + "type")
+    if kind is None:  # llama.cpp takes a factor without a type for a linear one (`llama-model.cpp`, load_hparams)
+        scaled = (get(PREFIX + "factor") or get("rope.scale_linear") or 1.0) != 1.0
+        kind = "linear" if scaled else "none"
+    if freqs is not None:
+        if kind != "none" or "llama3" not in known:
+            raise Unsupported("this scaling of rotary embeddings is not supported", where=FREQS)
+        return llama3_of(freqs, config)
+    if kind == "none":
+        return None
+    if kind not in known or kind not in KINDS:
+        raise Unsupported(f"{kind!r} is not supported", where=PREFIX + "type", hint=f"known: {', '.join(known)}")
+    scaling: dict[str, Any] = {"rope_type": kind}
+    for key, hf, number, other in KINDS[kind]:
+        value = get(PREFIX + key) or (get(other) if other else None)
+        if value is None and other:
+            raise BadInput("the file lacks this required key", where=PREFIX + key)
+        if value is not None:
+            scaling[hf] = number(value)
+    return scaling
+
+
+def scaling_to_gguf(config: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
+    """The keys under the architecture's name that say `config["rope_scaling"]`; the inverse of `scaling_from_gguf`."""
+    scaling = config.get("rope_scaling")
+    if not scaling:
+        return {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    fields = {"rope_type", "type", *(hf for _, hf, _, _ in KINDS.get(kind, ()))}
+    if kind == "llama3":
+        fields |= {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    odd = sorted(k for k, v in scaling.items() if k not in fields and v is not None)
+    if kind not in known or odd:
+        what = f"{kind} scaling with {odd[0]}" if kind in known else f"{kind} scaling"
+        raise Unsupported(f"a GGUF of this family has no {what}", where="rope_scaling", hint="choose an HF target")
+    if kind == "llama3":
+        return {}
+    keys: dict[str, Any] = {PREFIX + "type": kind}
+    keys |= {PREFIX + key: number(scaling[hf]) for key, hf, number, _ in KINDS[kind] if scaling.get(hf) is not None}
+    return keys
+
+
+def llama3_freqs(config: Mapping[str, Any]) -> Tensor | None:
+    """`rope_freqs.weight` of a model whose `rope_scaling` is llama3's; the inverse of `llama3_of`."""
+    s = config.get("rope_scaling") or {}
+    if s.get("rope_type", s.get("type")) != "llama3":
+        return None
+    low, high, length = s["low_freq_factor"], s["high_freq_factor"], s["original_max_position_embeddings"]
+    waves = _wavelengths(config)
+    smooth = (length / waves - low) / (high - low)
+    between = 1 / ((1 - smooth) / s["factor"] + smooth)
+    out = torch.where(waves < length / high, 1.0, torch.where(waves > length / low, float(s["factor"]), between))
+    return out.float()
+
+
+def llama3_of(freqs: Tensor, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """HF's four numbers from the divisors of the frequencies, as short as they give those divisors back.
+
+    Between its ends a divisor is 1 / ((1-s)/factor + s), with s linear in the frequency: slope and intercept are
+    length/(high-low) and -low/(high-low). Only two of the three follow, since a common factor cancels; every published
+    model has low = 1, and so has the result.
+    """
+    f = freqs.double()
+    factor = float(f.max())
+    if factor == 1.0:
+        return None
+    waves = _wavelengths(config)
+    between = (f > 1 + 1e-5) & (f < factor * (1 - 1e-5))
+    x, s = 1 / waves[between], (1 / f[between] - 1 / factor) / (1 - 1 / factor)
+    if len(x) >= 2 and len(f) == len(waves):
+        line = torch.linalg.lstsq(torch.stack([x, torch.ones_like(x)], 1), s[:, None]).solution
+        slope, intercept = line[:, 0].tolist()
+        high = 1 - 1 / intercept
+        for digits in range(7):
+            scaling = {
+                "rope_type": "llama3",
+                "factor": round(factor, digits),
+                "low_freq_factor": 1.0,
+                "high_freq_factor": round(high, digits),
+                "original_max_position_embeddings": round(slope * (high - 1)),
+            }
+            if scaling["factor"] > 1 and scaling["high_freq_factor"] > 1:
+                again = llama3_freqs({**config, "rope_scaling": scaling})
+                if again is not None and bool(((again - f).abs() <= TOLERANCE * f).all()):
+                    return scaling
+    raise Unsupported("these are not the divisors of llama3's scaling", where=FREQS, hint="known: llama3")
+
+
+def _wavelengths(config: Mapping[str, Any]) -> Tensor:
+    """Tokens in a turn of each rotary pair, float64."""
+    exponents = torch.arange(0, config["head_dim"], 2, dtype=torch.float64) / config["head_dim"]
+    return 2 * math.pi * float(config["rope_theta"]) ** exponents
