@@ -14,6 +14,7 @@ from quantkit.codecs.grid import SHRINK, Grid, Quantized
 from quantkit.solvers.rtn import rounded
 from quantkit.stats import Stats, error
 
+ROWS = 1024  # outputs that the search for a scale looks at, evenly spaced: one scale serves them all
 STEPS = 20  # exponents a = 0, 1/20, ... 19/20 (llm-awq `auto_scale.py`, n_grid)
 
 
@@ -22,6 +23,7 @@ def awq_scale(weight: Tensor, stats: Stats, grid: Grid) -> Tensor:
 
     All ones where no exponent does better than none. Columns without activations keep scale 1.
     """
+    weight = weight[:: max(1, len(weight) // ROWS)]
     act = stats.act_scale
     alive = act > 0
     best, best_error = torch.ones_like(act), torch.inf
