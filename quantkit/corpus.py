@@ -1,4 +1,4 @@
-"""Text to calibrate on and to score on: where it comes from, how it becomes rows of token ids, what must not overlap.
+"""Text to calibrate on and to score on: where it comes from, how it becomes rows of token ids, and how it is cut.
 
 A `Text` is a frozen record of documents with the hash of the bytes they were read from, so that a report can say what a
 model was calibrated on and scored on. A document is a string, or a dialogue, rendered through the chat template of the
@@ -13,23 +13,20 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from functools import cache
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from quantkit.chat import render
 from quantkit.errors import BadInput, UsageError
 from quantkit.resources import resource
 
 if TYPE_CHECKING:
-    import jinja2
-
     from quantkit.arch.tokenizer import Tokenizer
 
 
@@ -59,10 +56,10 @@ class Text:
 
     def plain(self) -> str:
         """The whole text as one string, to be scored: a document exactly as it is, several a blank line apart."""
-        return "\n\n".join(map(_plain, self.documents))
+        return "\n\n".join(map(plain, self.documents))
 
 
-def _plain(document: Document) -> str:
+def plain(document: Document) -> str:
     """A document as a reader sees it; a dialogue as "role: content" lines."""
     return document if isinstance(document, str) else "\n".join(f"{role}: {content}" for role, content in document)
 
@@ -160,7 +157,7 @@ BUILT_IN: dict[str, Callable[[], Text]] = {"default": _load_default, "demo": _lo
 
 def _text(name: str, documents: Sequence[Document], raw: bytes, source: str) -> Text:
     """Drops documents without content; raises BadInput when none is left."""
-    kept = tuple(document for document in documents if _plain(document).strip())
+    kept = tuple(document for document in documents if plain(document).strip())
     if not kept:
         raise BadInput("there is no text in it", where=source)
     return Text(name, kept, hashlib.sha256(raw).hexdigest(), source)
@@ -282,127 +279,15 @@ def _encode(document: Document, tokenizer: Tokenizer) -> list[int]:
     A model without a template, or whose template refuses the dialogue (Gemma's knows no system role), sees plain lines.
     """
     if isinstance(document, tuple) and tokenizer.chat_template:
-        rendered = _render(tokenizer.chat_template, document, tokenizer)
+        names = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
+        special = {n: "" if i is None else tokenizer.backend.id_to_token(i) for n, i in names.items()}
+        rendered = render([m._asdict() for m in document], tokenizer.chat_template, special)
         if rendered is not None:
             return _with_bos(tokenizer.encode_special(rendered), tokenizer)
-    return _with_bos(tokenizer.encode(_plain(document)), tokenizer)
+    return _with_bos(tokenizer.encode(plain(document)), tokenizer)
 
 
 def _with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     """Puts BOS in front where the tokenizer adds it, once: many a chat template writes it itself."""
     bos = tokenizer.bos if tokenizer.add_bos else None
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-
-
-@cache
-def _template(source: str) -> jinja2.Template:
-    """A chat template in a sandbox (it comes with the model: foreign code), with what templates expect to find there.
-
-    Not transformers' own renderer: it puts today's date where a template asks for one, and then two runs would differ.
-    """
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks what the assistant wrote, for training; here its body is rendered and no more."""
-
-        tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)  # jinja2's own escapes HTML
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": TEMPLATE_DATE.strftime}
-    return environment.from_string(source)
-
-
-TEMPLATE_DATE = datetime(2024, 7, 26)  # what Llama 3's own template writes where it cannot ask for the date
-
-
-def _render(template: str, dialogue: Dialogue, tokenizer: Tokenizer) -> str | None:
-    """The dialogue as the template writes it, or None where the template refuses it."""
-    special = {
-        name: "" if token is None else tokenizer.backend.id_to_token(token)
-        for name, token in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos))
-    }
-    messages = [message._asdict() for message in dialogue]
-    try:
-        return _template(template).render(messages=messages, add_generation_prompt=False, **special)
-    except Exception:  # the template is a program from elsewhere: it may raise anything, and calibration can go on
-        return None
-
-
-# ------------------------------------------------------------------------------------------------------------- overlap
-
-# Scripts written without spaces, where a character stands for a word: Thai to Tibetan, Burmese, Khmer, kana and Han.
-UNSPACED = r"\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-PUNCTUATION = r"\s!-/:-@\[-`{-~\u00a0-\u00bf\u2000-\u206f\u3000-\u303f\uff00-\uff0f\uff1a-\uff20"
-WORD = re.compile(f"[{UNSPACED}]|[^{UNSPACED}{PUNCTUATION}]+")
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """How many of the evaluation's n-grams also occur in the calibration text; `example` is the first one."""
-
-    shared: int
-    total: int
-    example: str | None
-
-    @property
-    def share(self) -> float:
-        """Between 0 and 1; 0 for a text too short to have n-grams."""
-        return self.shared / self.total if self.total else 0.0
-
-
-def overlap(calibration: Text, evaluation: Text, n: int = 13) -> Overlap:
-    """The contamination check of GPT-3 (Brown et al. 2020, appendix C): n words in a row, without case and punctuation.
-
-    Thirteen words in a row hardly ever meet by chance, while a shared paragraph shares nearly all of its n-grams.
-    """
-    seen = set(_ngrams(calibration, n))
-    shared = total = 0
-    example = None
-    for gram in _ngrams(evaluation, n):
-        total += 1
-        if gram in seen:
-            shared += 1
-            example = example or " ".join(gram)
-    return Overlap(shared, total, example)
-
-
-def _ngrams(text: Text, n: int) -> Iterator[tuple[str, ...]]:
-    """Every n words in a row within one document."""
-    for document in text.documents:
-        words = WORD.findall(_plain(document).lower())
-        yield from zip(*(words[start:] for start in range(n)), strict=False)
-
-
-def refuse_overlap(calibration: Text, evaluation: Text, force: bool = False) -> str | None:
-    """None for two texts that share nothing; UsageError for two that do, or with `force` a line of warning instead.
-
-    A model calibrated on the text it is scored on looks better than it is.
-    """
-    if calibration.sha256 == evaluation.sha256:
-        finding = f"calibration and evaluation are the same text ({evaluation.name})"
-    else:
-        found = overlap(calibration, evaluation)
-        if not found.shared:
-            return None
-        finding = (
-            f"{found.shared} of {found.total} 13-word sequences of the evaluation text {evaluation.name} also stand "
-            f'in the calibration text {calibration.name}, the first being "{found.example}"'
-        )
-    if not force:
-        raise UsageError(finding, hint="choose another text for one of the two, or pass --force to go on")
-    return f"{finding}; the score will look better than it is"

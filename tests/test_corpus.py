@@ -23,10 +23,9 @@ from quantkit.corpus import (
     calibration_batch,
     evaluation_chunks,
     load_text,
-    overlap,
-    refuse_overlap,
 )
 from quantkit.errors import BadInput, UsageError
+from quantkit.overlap import overlap, refuse_overlap
 
 BOS, EOS = 1, 2
 

@@ -11,11 +11,12 @@ import typer
 
 from quantkit.cli.show import bars, err, out, size, variants_table
 from quantkit.convert import Failed, Progress, SourceScored, TensorDone, VariantDone, claim, convert
-from quantkit.corpus import Text, calibration_batch, evaluation_chunks, load_text, refuse_overlap
+from quantkit.corpus import Text, calibration_batch, evaluation_chunks, load_text
 from quantkit.errors import VerifyError
 from quantkit.files.atomic import staged
 from quantkit.forward import device_of
 from quantkit.model import Model, open_model
+from quantkit.overlap import refuse_overlap
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import Recipe, load_recipe
 from quantkit.report import report, text_record, upcasts, variant_record
