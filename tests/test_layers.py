@@ -24,13 +24,14 @@ ALLOWED = {
     "model": {"arch", "codecs", "files"},
     "forward": {"model", "stats", "corpus"},
     "evaluate": {"forward"},
-    "targets": {"model", "codecs", "files", "solvers", "stats"},
-    "recipe": {"resources"},
+    "targets": {"model", "arch", "codecs", "files", "solvers", "stats"},
+    "recipe": {"resources", "codecs", "targets"},
+    "importance": {"files", "forward", "model", "stats", "targets"},
     "plan": {"targets", "model", "recipe", "evaluate", "forward"},
     "verify": {"targets", "model", "codecs"},
-    "convert": {"plan", "targets", "model", "files", "forward", "evaluate", "verify", "stats", "corpus"},
+    "convert": {"plan", "targets", "model", "files", "forward", "evaluate", "verify", "stats", "corpus", "importance"},
     "selfcal": {"forward", "model", "corpus", "files"},
-    "report": {"convert", "corpus", "evaluate", "model", "recipe"},
+    "report": {"convert", "corpus", "evaluate", "model", "recipe", "targets"},
 }
 
 
