@@ -25,8 +25,9 @@ from quantkit.forward import Network, States, embed, network, readers, run, watc
 from quantkit.importance import Sums, imatrix_of, squares
 from quantkit.model import Model, Ref, open_model
 from quantkit.plan import Plan
+from quantkit.seal import check_seals, seal
 from quantkit.stats import Stats
-from quantkit.targets import Output, Piece, Row
+from quantkit.targets import Output, Piece, Row, Solved
 from quantkit.targets.gguf import IMATRIX_FILE
 from quantkit.verify import digest, verify
 
@@ -217,7 +218,7 @@ def _each(products: list[_Product], piece: Piece) -> Iterator[Event]:
         rows = {r.source: r for r in p.output.rows}
         start = time.perf_counter()
         for solved in p.output.solve(piece):
-            p.digests[solved.source] = digest(solved.value)
+            p.digests[solved.source] = _digest(p.output, solved)
             for name, part in solved.parts.items():
                 p.writer.write(name, part.cpu())
             seconds, start = time.perf_counter() - start, time.perf_counter()
@@ -225,12 +226,17 @@ def _each(products: list[_Product], piece: Piece) -> Iterator[Event]:
             yield TensorDone(p.output.target, rows[solved.source], solved.loss, seconds)
 
 
+def _digest(output: Output, solved: Solved) -> str:
+    return seal(solved.parts.values()) if output.sealed or solved.value is None else digest(solved.value)
+
+
 def _finish(p: _Product) -> Generator[Event, None, bool]:
     """Complete, verify and name one output; the value of `yield from` says whether it passed."""
     start, stage = time.perf_counter(), f"verifying {p.output.target}"
     p.writing.close()
     try:
-        for done, _ in enumerate(verify(p.output, p.partial, p.digests)):
+        check = check_seals if p.output.sealed else verify
+        for done, _ in enumerate(check(p.output, p.partial, p.digests)):
             yield Progress(stage, done + 1, len(p.output.rows))
     except VerifyError as e:
         p.staging.__exit__(type(e), e, e.__traceback__)

@@ -101,7 +101,7 @@ def make_plan(model: Model, recipe: Recipe, device: torch.device, rows: int | No
         outputs,
         peak_ram=BASE_BYTES + states + (_largest(model) if on_gpu else working),
         peak_vram=working if on_gpu else 0,
-        stages=_seconds(model, recipe, outputs, _flops_per_second(device) * EFFICIENCY),
+        stages=_seconds(model, recipe, outputs, device),
     )
 
 
@@ -136,9 +136,10 @@ _PRODUCTS = {"gptq": 4, "awq": 24, "gguf": 4}
 _READ_BYTES_PER_SECOND = 400e6  # of float32 weights decoded, hashed and compared, measured on two CPU cores
 
 
-def _seconds(model: Model, recipe: Recipe, outputs: tuple[Output, ...], speed: float) -> dict[str, float]:
+def _seconds(model: Model, recipe: Recipe, outputs: tuple[Output, ...], device: torch.device) -> dict[str, float]:
     params = sum(prod(r.shape) for r in linear(model).values())
     calibrated = any(o.calibrated for o in outputs)
+    speed = _flops_per_second(device) * EFFICIENCY if calibrated or recipe.eval_text else 1.0
     reading = 4 * model.parameters / _READ_BYTES_PER_SECOND
     solving = reading * (1 + len(outputs))
     if calibrated:

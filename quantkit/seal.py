@@ -1,0 +1,62 @@
+"""Verification of outputs whose bytes are their meaning - GGUF files and folders of plain floats - by those bytes.
+
+What was handed to the writer is hashed, and hashed again as it lies on the disk. Unlike weights, which `verify` takes
+apart and compares as float32, that costs next to nothing beside encoding. That a block's bytes stand for what libggml
+says is held against the torch decoder, which has no part in writing, on the first rows of every tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantkit.codecs import decode, decode_torch, lookup
+from quantkit.errors import QuantkitError, VerifyError
+from quantkit.files.gguf import GGUF
+from quantkit.files.safetensors import open_folder
+from quantkit.model import open_model
+from quantkit.targets import Output
+
+SAMPLE = 1 << 16  # weights of a tensor that both decoders are given
+
+
+def seal(parts: Iterable[Tensor]) -> str:
+    """A hash of tensors' bytes, SHA-256 because processors have it built in."""
+    hashed = hashlib.sha256()
+    for part in parts:
+        hashed.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
+def check_seals(output: Output, path: Path, seals: Mapping[str, str]) -> Iterator[str]:
+    """Reopen `output` at `path` and hold every tensor against its seal (by HF name), yielding each name when done.
+
+    Opening holds names, shapes and configuration against the architecture. Raises VerifyError.
+    """
+    found = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+    if found != output.nbytes:
+        raise VerifyError(f"has {found:,} bytes where {output.nbytes:,} were planned", where=output.path)
+    try:
+        model = open_model(path)
+    except QuantkitError as e:
+        raise VerifyError(f"does not open again ({e})", where=output.path) from e
+    folder = None if model.gguf else open_folder(path)
+    for row in output.rows:
+        raw = folder.read(row.name) if folder else model.gguf.raw(row.name) if model.gguf else None
+        if raw is None or seal([raw]) != seals[row.source]:
+            raise VerifyError(f"the tensor {row.name} does not read back as it was written", where=output.path)
+        if model.gguf and not _both_decoders_agree(model.gguf, row.name):
+            raise VerifyError(f"two decoders read the tensor {row.name} differently", where=output.path)
+        yield row.name
+
+
+def _both_decoders_agree(gguf: GGUF, name: str) -> bool:
+    info = gguf.tensors[name]
+    codec, width = lookup(info.type), info.shape[-1]
+    rows = min(info.nbytes // codec.row_bytes(width), max(1, SAMPLE // width))
+    raw = gguf.raw(name)[: rows * codec.row_bytes(width)]
+    return torch.equal(decode(info.type, raw, (rows, width)), decode_torch(codec, raw).view(rows, width))
