@@ -89,9 +89,9 @@ def lineage(model: Model) -> dict[str, Any]:
 def upcasts(model: Model, done: Iterable[TensorDone]) -> list[str]:
     """A warning for every pair of types by which tensors of an output grew and lost, with the error measured."""
     grown: dict[tuple[str, str, str], list[TensorDone]] = {}
-    for t in done:
+    for t in (t for t in done if t.row.solver == "ggml"):
         ref = model.tensors[t.row.source]
-        if t.row.solver == "ggml" and ref.type not in PLAIN and t.row.nbytes > ref.nbytes:
+        if ref.type not in PLAIN and t.row.nbytes > ref.nbytes:
             grown.setdefault((t.target, ref.type, t.row.type), []).append(t)
     return [_upcast(model, *types, tensors) for types, tensors in grown.items()]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from quantkit.codecs import decode_torch, lookup
 from quantkit.errors import QuantkitError, VerifyError
 from quantkit.model import Model, open_model
-from quantkit.targets import Output
+from quantkit.targets import Output, Row
 
 
 def digest(value: Tensor) -> str:
@@ -38,7 +38,7 @@ def verify(output: Output, path: Path, digests: Mapping[str, str]) -> Iterator[s
     except QuantkitError as e:
         raise VerifyError(f"does not open again ({e})", where=output.path) from e
     for row in output.rows:
-        value = _read(model, row.source)
+        value = _read(model, row)
         if not bool(torch.isfinite(value).all()):
             raise VerifyError(f"the tensor {row.name} holds values that are not finite", where=output.path)
         if digest(value) != digests[row.source]:
@@ -46,8 +46,8 @@ def verify(output: Output, path: Path, digests: Mapping[str, str]) -> Iterator[s
         yield row.name
 
 
-def _read(model: Model, name: str) -> Tensor:
+def _read(model: Model, row: Row) -> Tensor:
     if model.gguf is None:
-        return model.tensors[name].read()
-    info = model.gguf.tensors[model.tensors[name].placed.gguf]
+        return model.tensors[row.source].read()
+    info = model.gguf.tensors[row.name]
     return decode_torch(lookup(info.type), model.gguf.raw(info.name)).view(info.shape)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from models import GEMMA3, SMOLLM2, fetch
+from models import GEMMA3, SMOLLM2, fetch, fetch_converter
+from toy import FAMILIES, write_family
 
 import quantkit  # noqa: F401  (before torch: it says how torch's threads are to wait, see quantkit/__init__.py)
 
@@ -20,3 +23,15 @@ def smollm2() -> Path:
 def gemma3() -> Path:
     """Gemma-3-270m, Q4_K_M, as one GGUF file."""
     return fetch(GEMMA3)
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory) -> Path:
+    """For each row of `FAMILIES` a folder as transformers saves it, and a `.gguf` as llama.cpp's converter makes it."""
+    root = tmp_path_factory.mktemp("families")
+    folders = [write_family(root / name, name) for name in FAMILIES]
+    script = Path(__file__).with_name("convert_families.py")
+    command = [sys.executable, str(script), str(fetch_converter()), *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return root

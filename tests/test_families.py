@@ -6,15 +6,12 @@ what went in: configuration, tensors, logits. Nothing of quantkit's has a part i
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from llama_oracle import Oracle
-from models import fetch_converter
-from toy import FAMILIES, family_model, write_family
+from toy import FAMILIES, family_model
 
 from quantkit.codecs.grid import Grid
 from quantkit.evaluate import predict
@@ -26,18 +23,6 @@ from quantkit.targets.target import Piece
 CPU = torch.device("cpu")
 CTX = 128  # more than a sliding window, a llama3 length and a Gemma window of 16
 IDS = torch.randint(2, 320, (1, CTX), generator=torch.Generator().manual_seed(7))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A folder and a `.gguf` for each row of `FAMILIES`."""
-    root = tmp_path_factory.mktemp("families")
-    folders = [write_family(root / name, name) for name in FAMILIES]
-    script = Path(__file__).with_name("convert_families.py")
-    command = [sys.executable, str(script), str(fetch_converter()), *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return root
 
 
 def ours(path: Path) -> torch.Tensor:
@@ -62,21 +47,21 @@ def agree(p: torch.Tensor, q: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_are_llama_cpps(folder, name):
-    agree(theirs(folder / f"{name}.gguf"), ours(folder / f"{name}.gguf"))
+def test_logits_are_llama_cpps(families, name):
+    agree(theirs(families / f"{name}.gguf"), ours(families / f"{name}.gguf"))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_folder_gives_transformers_logits(folder, name):
+def test_the_folder_gives_transformers_logits(families, name):
     """The block-wise pass over the folder against the whole model's own."""
     with torch.no_grad():
         logits = family_model(name)(IDS).logits[0, CTX // 2 : CTX - 1]
-    assert torch.allclose(torch.log_softmax(logits, -1), ours(folder / name), atol=2e-4)
+    assert torch.allclose(torch.log_softmax(logits, -1), ours(families / name), atol=2e-4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_tensors_and_configuration_come_back(folder, name):
-    source, model = open_model(folder / name), open_model(folder / f"{name}.gguf")
+def test_tensors_and_configuration_come_back(families, name):
+    source, model = open_model(families / name), open_model(families / f"{name}.gguf")
     assert model.tensors.keys() == source.tensors.keys()
     for tensor, ref in model.tensors.items():
         assert torch.allclose(ref.read(), source.tensors[tensor].read(), rtol=0, atol=3e-7), tensor
@@ -87,9 +72,9 @@ def test_tensors_and_configuration_come_back(folder, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_awqs_folds_leave_every_block_as_it_was(folder, name):
-    """Scales moved into norms (Gemma's multiply by 1 + w) and matrices cancel: with nothing rounded, nothing changes."""
-    model = open_model(folder / name)
+def test_awqs_folds_leave_every_block_as_it_was(families, name):
+    """Scales in norms (Gemma's multiply by 1 + w) and matrices cancel: if nothing is rounded, nothing changes."""
+    model = open_model(families / name)
     net = network(model, CPU)
     states = embed(net, IDS)
     for layer in range(model.layers):

@@ -2,18 +2,20 @@
 
 A tensor whose type already fits is copied byte for byte: the same type again is not idempotent through floats. The
 importance matrix is one that the user gives, or the diagonal of the calibration's Gram matrices; where there is neither
-calibration nor file, tensors are encoded without.
+calibration nor file, tensors are encoded without. A folder is a source as good as a GGUF: what a GGUF holds then comes
+from the architecture's table, and its metadata from `gguf_metadata.py`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 import torch
-from gguf.constants import GGUFValueType, Keys
+from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUFValueType, Keys
 from torch import Tensor
 
 from quantkit.codecs import decode, encode, lookup
@@ -23,7 +25,8 @@ from quantkit.files.gguf_values import Value
 from quantkit.files.gguf_writer import Layout, layout_gguf, split_layout, tensor_nbytes
 from quantkit.files.imatrix import Imatrix, read_imatrix
 from quantkit.model import Model, Ref
-from quantkit.targets.mixtures import MIXTURES, Shape, choose, file_type, kind_of, requires_imatrix
+from quantkit.targets.gguf_metadata import metadata_of
+from quantkit.targets.mixtures import MIXTURES, Shape, choose, file_type, kind_of, quantizable, requires_imatrix
 from quantkit.targets.target import Calibration, Choices, Family, Output, Piece, Row, Solved, weight_loss
 
 UNWEIGHTED = ("F32", "F16", "BF16", "Q8_0")  # types whose encoders have no use for importance
@@ -36,43 +39,68 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
     UsageError where a type needs an importance matrix and there is none for its tensor.
     """
     name = match[0].upper()
-    if model.gguf is None:
-        raise UsageError(
-            "GGUF targets need a GGUF source",
-            where=name,
-            hint="give the GGUF this folder was made from, or choose an HF target",
-        )
-    by_gguf = {r.placed.gguf: (n, r) for n, r in model.tensors.items()}
+    tensors = held(model)
     given = fitting_imatrix(choices.imatrix, model) if choices.imatrix else None
-    tensors = [(n, t.shape, t.type) for n, t in model.gguf.tensors.items()]
-    types = choose(name, tensors, shape_of(model), imatrix=bool(given or calibration), choices=choices)
+    present = [(t.name, t.shape, t.type) for t in tensors]
+    types = choose(name, present, shape_of(model), imatrix=bool(given or calibration), choices=choices)
     rows, weighted = [], []
-    for (tensor, shape, present), kind in zip(tensors, types, strict=True):
-        source, ref = by_gguf[tensor]
-        solver = "copy" if kind == present else "cast" if lookup(kind).block == 1 else "ggml"
-        rows.append(Row(tensor, source, shape, present, kind, solver, tensor_nbytes(tensor, shape, kind)))
-        seen = tensor in given.sums if given else bool(calibration and reads(ref))
-        if solver == "ggml" and not seen and requires_imatrix(name, tensor, kind):
-            raise _blind(name, tensor, kind, choices.imatrix)
-        weighted += [tensor] if seen and solver == "ggml" and kind not in UNWEIGHTED else []
+    for t, kind in zip(tensors, types, strict=True):
+        same = kind == t.type and model.gguf is not None
+        solver = "copy" if same else "cast" if lookup(kind).block == 1 else "ggml"
+        rows.append(Row(t.name, t.source, t.shape, t.type, kind, solver, tensor_nbytes(t.name, t.shape, kind)))
+        seen = t.name in given.sums if given else bool(calibration and t.reads)
+        if solver == "ggml" and not seen and requires_imatrix(name, t.name, kind):
+            raise _blind(name, t.name, kind, choices.imatrix)
+        weighted += [t.name] if seen and solver == "ggml" and kind not in UNWEIGHTED else []
     calibrated = bool(weighted) and given is None
     metadata = described(model, name)
     if choices.imatrix and given and weighted:
         metadata |= imatrix_keys(choices.imatrix.name, given.datasets, len(given.sums), given.chunks)
     elif calibration and weighted:
         metadata |= imatrix_keys(IMATRIX_FILE, (calibration.text,), len(readers(model)), calibration.rows)
-    path, layout = laid_out(f"{model.name}-{name}", metadata, rows, model.gguf.alignment, choices.split_bytes)
-    by_source = {r.source: r for r in rows}
+    alignment = model.gguf.alignment if model.gguf else GGUF_DEFAULT_ALIGNMENT
+    path, layout = laid_out(f"{model.name}-{name}", metadata, rows, alignment, choices.split_bytes)
 
     def solve(piece: Piece) -> Iterator[Solved]:
-        for source, weight in piece.weights.items():
-            row = by_source[source]
-            importance = _importance(piece, row, given, calibrated) if row.name in weighted else None
-            yield encoded(piece, row, weight, importance)
+        for tensor, row in zip(tensors, rows, strict=True):
+            if tensor.carrier in piece.weights:
+                importance = _importance(piece, tensor, given, calibrated) if row.name in weighted else None
+                yield encoded(piece, tensor, row, importance)
 
     copied = sum(r.solver == "copy" for r in rows)
     note = f"{describe(rows)}; {copied} of {len(rows)} tensors copied byte for byte"
     return Output(name, "gguf", path, note, tuple(rows), layout, solve, calibrated)
+
+
+@dataclass(frozen=True)
+class Held:
+    """One tensor of the new file: its name there, shape and present type, and the HF tensors it is made of.
+
+    `carrier` is the HF tensor in whose piece it is solved; a tensor that only a GGUF has is `computed` and rides along
+    with the embedding.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    source: str
+    carrier: str
+    reads: str | None = None
+    computed: Tensor | None = None
+
+
+def held(model: Model) -> list[Held]:
+    """Every tensor of the new file: in the order of a GGUF source, or from a folder as the architecture's rows stand.
+
+    From a folder, what llama.cpp does not quantize becomes float32, as its own converter has it.
+    """
+    made = {r.placed.gguf: Held(r.placed.gguf, r.shape, r.type, n, n, reads(r)) for n, r in model.tensors.items()}
+    embedding = next(iter(model.tensors))
+    for name, value in model.arch.computed(model.config).items():
+        made[name] = Held(name, tuple(value.shape), "F32", name, embedding, None, value)
+    if model.gguf is not None:
+        return [replace(made[n], type=t.type) for n, t in model.gguf.tensors.items()]
+    return [t if quantizable(t.name, t.shape) else replace(t, type="F32") for t in made.values()]
 
 
 def laid_out(
@@ -121,28 +149,34 @@ def readers(model: Model) -> list[str]:
     return [ref.placed.gguf for ref in model.tensors.values() if reads(ref)]
 
 
-def _importance(piece: Piece, row: Row, given: Imatrix | None, calibrated: bool) -> Tensor | None:
+def _importance(piece: Piece, tensor: Held, given: Imatrix | None, calibrated: bool) -> Tensor | None:
     if given:
-        return given.importance(row.name).reshape(-1, row.shape[-1])
-    stats = piece.stats.get(reads(piece.refs[row.source]) or "")
+        return given.importance(tensor.name).reshape(-1, tensor.shape[-1])
+    stats = piece.stats.get(tensor.reads or "")
     return stats.importance[None] if stats and calibrated else None
 
 
-def encoded(piece: Piece, row: Row, weight: Tensor, importance: Tensor | None) -> Solved:
+def encoded(piece: Piece, tensor: Held, row: Row, importance: Tensor | None) -> Solved:
     """One tensor as bytes of its type, and what those bytes stand for, both in GGUF's row order.
 
     `importance` is (experts, width), one row for a matrix that is no stack of experts.
     """
-    ref, gguf = piece.refs[row.source], piece.model.gguf
-    assert gguf is not None  # planned from a GGUF
-    layout = ref.placed.weight.layout
-    ordered = layout.to_gguf(weight, piece.model.config) if layout else weight
-    if row.solver == "copy":
-        raw = gguf.raw(row.name)
+    ordered = gguf_order(piece, tensor)
+    if row.solver == "copy" and piece.model.gguf is not None:
+        raw = piece.model.gguf.raw(row.name)
         return Solved(row.source, {row.name: raw}, ordered, 0.0)
     raw = encode_stack(row.type, ordered, importance)
     value = decode(row.type, raw, row.shape)
-    return Solved(row.source, {row.name: raw}, value, weight_loss(ordered, value, piece.stats.get(reads(ref) or "")))
+    return Solved(row.source, {row.name: raw}, value, weight_loss(ordered, value, piece.stats.get(tensor.reads or "")))
+
+
+def gguf_order(piece: Piece, tensor: Held) -> Tensor:
+    """The tensor's values, float32, as a GGUF lays them out."""
+    weight = piece.weights[tensor.carrier]
+    if tensor.computed is not None:
+        return tensor.computed.to(weight.device)
+    layout = piece.refs[tensor.carrier].placed.weight.layout
+    return layout.to_gguf(weight, piece.model.config) if layout else weight
 
 
 def encode_stack(kind: str, weight: Tensor, importance: Tensor | None) -> Tensor:
@@ -161,10 +195,10 @@ def shape_of(model: Model) -> Shape:
 
 
 def described(model: Model, name: str) -> dict[str, Value]:
-    """The metadata of the new file: the source's, in order, without what speaks of how the source was made."""
-    assert model.gguf is not None
+    """The metadata of the new file: a GGUF source's, in order, without what speaks of how the source was made."""
     stale = ("split.", "quantize.imatrix.")
-    metadata = {k: v for k, v in model.gguf.metadata.items() if not k.startswith(stale)}
+    source = model.gguf.metadata if model.gguf else metadata_of(model)
+    metadata = {k: v for k, v in source.items() if not k.startswith(stale)}
     metadata[Keys.General.FILE_TYPE] = Value(GGUFValueType.UINT32, None, file_type(name))
     metadata[Keys.General.QUANTIZATION_VERSION] = Value(GGUFValueType.UINT32, None, 2)
     return metadata

@@ -1,0 +1,141 @@
+"""HF folder -> GGUF: what quantkit writes against what llama.cpp's own converter writes, and the whole way round.
+
+Tensors must be the same bytes. Metadata may differ only where a table here says so, with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as T
+from llama_oracle import Oracle
+from test_convert import quantkit, text  # noqa: F401  text is a fixture
+from test_families import agree, ours, theirs
+from toy import FAMILIES, toy_model, write_toy
+
+from quantkit.files.gguf import read_gguf
+from quantkit.model import open_model
+
+CONVERTER = {  # keys that quantkit writes otherwise than llama.cpp's converter does
+    "general.name": "the converter sets a folder's name in capitals",
+    "tokenizer.ggml.pre": "two names of one cut: the first of the row in pretokenizers.py",
+    "tokenizer.ggml.add_bos_token": "false is written; the converter leaves it out for a plain tokenizer",
+    "tokenizer.ggml.add_eos_token": "the same",
+    "llama.attention.sliding_window": "Mistral's window, which the converter drops and llama.cpp does not read",
+    "phi3.attention.key_length": "hidden size over heads, as a reader would compute it",
+    "phi3.attention.value_length": "the same",
+    "gemma2.rope.freq_base": "10000, what a reader takes without it",
+}
+ROUND = {  # keys that are not the same after GGUF -> HF folder -> GGUF
+    "general.name": "an HF folder has no name but its own",
+    "general.organization": "of the model card, which an HF folder's config does not hold",
+    "general.finetune": "the same",
+    "general.basename": "the same",
+    "general.license": "the same",
+    "general.languages": "the same",
+    "general.quantization_version": "2 in both; plain floats need none",
+    "llama.attention.key_length": "hidden size over heads, as a reader would compute it",
+    "llama.attention.value_length": "the same",
+    "tokenizer.ggml.add_space_prefix": "no meaning for a byte-level vocabulary",
+    "tokenizer.ggml.add_eos_token": "false is written; the source leaves it out",
+    "tokenizer.ggml.pre": "two names of one cut",
+}
+
+
+def keys(path: Path) -> dict[str, object]:
+    values = {k: v.data for k, v in read_gguf(path).metadata.items()}
+    return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
+
+
+def changed(a: Path, b: Path) -> set[str]:
+    x, y = keys(a), keys(b)
+    return {k for k in x.keys() | y.keys() if x.get(k) != y.get(k)}
+
+
+def same_tensors(a: Path, b: Path) -> None:
+    x, y = ({t.name: t for t in gguf.GGUFReader(p).tensors} for p in (a, b))
+    assert x.keys() == y.keys()
+    for name, t in x.items():
+        assert (t.tensor_type, bytes(t.data)) == (y[name].tensor_type, bytes(y[name].data)), name
+
+
+def converted(source: Path, out: Path, target: str) -> Path:
+    code, stdout, stderr = quantkit("convert", source, "-o", out, "--to", target, "--no-eval", "--json")
+    assert code == 0, stderr
+    return out / json.loads(stdout)["variants"][0]["path"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_folder_becomes_the_converters_file(families, name, tmp_path):
+    made, expected = converted(families / name, tmp_path / "out", "F32"), families / f"{name}.gguf"
+    same_tensors(made, expected)
+    assert changed(made, expected) <= CONVERTER.keys()
+
+
+def test_mistrals_window_is_kept(families, tmp_path):
+    made = converted(families / "mistral", tmp_path / "out", "F32")
+    config = open_model(made).config
+    assert (config["model_type"], config["sliding_window"]) == ("mistral", 256)
+    agree(theirs(made), ours(made))
+
+
+def test_smollm2_goes_to_a_folder_and_back(smollm2, tmp_path):
+    back = converted(converted(smollm2, tmp_path / "folder", "fp16"), tmp_path / "back", "F16")
+    source, made = ({t.name: t for t in gguf.GGUFReader(p).tensors} for p in (smollm2, back))
+    assert source.keys() == made.keys()
+    for name, t in source.items():
+        values = gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float16)
+        assert np.array_equal(made[name].data.astype(np.float16), values), name
+    assert changed(smollm2, back) <= ROUND.keys() | {"general.file_type"}
+    probe = "  12 días,\tthe  <|im_start|>user\nrest 中文 🙂"
+    a, b = (Oracle(p, context=False) for p in (smollm2, back))
+    assert a.tokenize(probe, special=True) == b.tokenize(probe, special=True)
+    a.close(), b.close()
+
+
+@pytest.mark.parametrize("target", ["gptq-8bit-32g", "awq"])
+def test_a_packed_folder_is_a_source_of_ggufs(text, target, tmp_path):  # noqa: F811
+    source = write_toy(tmp_path / "toy.gguf", toy_model(), T.F32)
+    options = ("--calibration", text / "calibration.txt", "--samples", 4, "--seqlen", 64, "--no-eval")
+    code, _, stderr = quantkit("convert", source, "-o", tmp_path / "made", "--to", target, *options)
+    assert code == 0, stderr
+    packed = tmp_path / "made" / target
+    plain = converted(packed, tmp_path / "plain", "F32")
+    agree(theirs(plain), ours(packed))
+    code, _, stderr = quantkit("convert", packed, "-o", tmp_path / "again", "--to", "Q4_K_M", *options)
+    assert code == 0, stderr
+    oracle = Oracle(tmp_path / "again" / f"{target}-Q4_K_M.gguf")
+    assert np.isfinite(oracle.logits([2, 3, 4])).all()
+    oracle.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"model_type": "mamba"}, "architecture 'mamba' is not supported"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic scaling"),
+        (
+            {
+                "rope_parameters": {
+                    **{"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "attention_factor": 0.7},
+                    "original_max_position_embeddings": 320,
+                }
+            },
+            "yarn scaling with attention_factor",
+        ),
+    ],
+)
+def test_what_a_gguf_cannot_say_is_refused(families, change, says, tmp_path):
+    source = tmp_path / "odd"
+    source.mkdir()
+    for path in (families / "llama").iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | change))
+    code, _, stderr = quantkit("convert", source, "-o", tmp_path / "out", "--to", "F32", "--no-eval")
+    assert code == 65 and says in stderr, stderr
