@@ -27,7 +27,7 @@ from quantkit.files.imatrix import Imatrix, read_imatrix
 from quantkit.model import Model, Ref
 from quantkit.targets.gguf_metadata import metadata_of
 from quantkit.targets.mixtures import MIXTURES, Shape, choose, file_type, kind_of, quantizable, requires_imatrix
-from quantkit.targets.target import Calibration, Choices, Family, Output, Piece, Row, Solved, weight_loss
+from quantkit.targets.target import Calibration, Choices, Family, Output, Piece, Row, Solved, loss_by_rows, weight_loss
 
 UNWEIGHTED = ("F32", "F16", "BF16", "Q8_0")  # types whose encoders have no use for importance
 IMATRIX_FILE = "imatrix.gguf"
@@ -69,7 +69,7 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
 
     copied = sum(r.solver == "copy" for r in rows)
     note = f"{describe(rows)}; {copied} of {len(rows)} tensors copied byte for byte"
-    return Output(name, "gguf", path, note, tuple(rows), layout, solve, calibrated)
+    return Output(name, "gguf", path, note, tuple(rows), layout, solve, calibrated, sealed=True)
 
 
 @dataclass(frozen=True)
@@ -157,17 +157,22 @@ def _importance(piece: Piece, tensor: Held, given: Imatrix | None, calibrated: b
 
 
 def encoded(piece: Piece, tensor: Held, row: Row, importance: Tensor | None) -> Solved:
-    """One tensor as bytes of its type, and what those bytes stand for, both in GGUF's row order.
+    """One tensor as bytes of its type in GGUF's row order, and the error that makes.
 
     `importance` is (experts, width), one row for a matrix that is no stack of experts.
     """
-    ordered = gguf_order(piece, tensor)
     if row.solver == "copy" and piece.model.gguf is not None:
-        raw = piece.model.gguf.raw(row.name)
-        return Solved(row.source, {row.name: raw}, ordered, 0.0)
+        if not bool(torch.isfinite(torch.stack(piece.weights[tensor.carrier].aminmax())).all()):
+            raise BadInput("holds values that are not finite", where=row.name, hint="get the file again")
+        return Solved(row.source, {row.name: piece.model.gguf.raw(row.name)}, None, 0.0)
+    ordered = gguf_order(piece, tensor)
     raw = encode_stack(row.type, ordered, importance)
-    value = decode(row.type, raw, row.shape)
-    return Solved(row.source, {row.name: raw}, value, weight_loss(ordered, value, piece.stats.get(tensor.reads or "")))
+    if stats := piece.stats.get(tensor.reads or ""):
+        return Solved(row.source, {row.name: raw}, None, weight_loss(ordered, decode(row.type, raw, row.shape), stats))
+    flat = ordered.reshape(-1, row.shape[-1])
+    blocks = raw.view(len(flat), -1)
+    loss = loss_by_rows(flat, lambda rows: decode(row.type, blocks[rows], tuple(flat[rows].shape)))
+    return Solved(row.source, {row.name: raw}, None, loss)
 
 
 def gguf_order(piece: Piece, tensor: Held) -> Tensor:
