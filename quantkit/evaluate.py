@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantkit.forward import Network, final_states
 
-HEAD_TOKENS = 256  # scored positions through the output matrix at once: 256 x 262,144 logits are 256 MiB
+HEAD_LOGITS = 1 << 24  # logits computed at once, 64 MiB: 341 positions of a 49,152-token vocabulary, 64 of 262,144
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,9 @@ def score(predictions: Predictions, chunks: Tensor, reference: Predictions | Non
     n, ctx = chunks.shape
     targets = chunks[:, ctx // 2 + 1 :].flatten()
     nll, nll_reference, kl, same = [], [], [], []
-    for start in range(0, len(targets), HEAD_TOKENS):
-        rows = slice(start, start + HEAD_TOKENS)
+    step = max(1, HEAD_LOGITS // len(predictions.head))
+    for start in range(0, len(targets), step):
+        rows = slice(start, start + step)
         ours = predictions.logprobs(rows)
         target = targets[rows, None].to(ours.device)
         nll.append(-ours.gather(1, target)[:, 0].double().cpu())

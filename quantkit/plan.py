@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from quantkit.errors import UsageError
-from quantkit.evaluate import HEAD_TOKENS
+from quantkit.evaluate import HEAD_LOGITS
 from quantkit.forward import BATCH_TOKENS
 from quantkit.model import Model
 from quantkit.recipe import Recipe
@@ -22,7 +22,7 @@ from quantkit.targets import Calibration, Output, plan_output
 from quantkit.targets.target import linear
 
 # Resident before any weight is read, measured: the interpreter with torch and transformers imported.
-BASE_BYTES = 600 * 2**20
+BASE_BYTES = 430 * 2**20
 # Of the peak matmul speed, what a forward pass or a solver reaches (measured on two CPU cores, SmolLM2-135M).
 EFFICIENCY = 0.4
 
@@ -121,9 +121,9 @@ def _working_bytes(model: Model, recipe: Recipe, calibrated: bool) -> int:
     if calibrated:
         block += 4 * sum(k * k for k in _grams(model)) + 4 * 4 * max(_grams(model)) ** 2 + 2 * block
     block += 4 * BATCH_TOKENS * 4 * model.config["intermediate_size"]
-    vocab = model.config["vocab_size"]
-    head = 2 * 4 * vocab * model.config["hidden_size"] + 4 * 4 * HEAD_TOKENS * vocab
-    return max(block, 2 * _largest(model), head if recipe.eval_text else 0)
+    heads = 3 * 4 * model.config["vocab_size"] * model.config["hidden_size"]  # two, and one as it is read
+    scoring = heads + 8 * 4 * HEAD_LOGITS if recipe.eval_text else 0
+    return max(block, 5 * _largest(model), scoring)
 
 
 def _state_bytes(model: Model, recipe: Recipe) -> int:

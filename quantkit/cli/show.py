@@ -75,7 +75,7 @@ def variants_table(report: Mapping[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("variant", "format"):
         table.add_column(name, no_wrap=True)
-    for name in ("bits", "size", "perplexity", "change", "mean KL", "same top"):
+    for name in ("bits/w", "size", "perplexity", "change", "mean KL", "same top"):
         table.add_column(name, justify="right", no_wrap=True)
     rows = [{**source, "target": "(source)"}, *report["variants"]]
     for v in rows:
