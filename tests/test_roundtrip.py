@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 from llama_oracle import Oracle
+from models import VOCABS, fetch_source
 from test_convert import quantkit, text  # noqa: F401  text is a fixture
 from test_families import agree, ours, theirs
 from toy import FAMILIES, toy_model, write_toy
@@ -63,8 +64,8 @@ def same_tensors(a: Path, b: Path) -> None:
         assert (t.tensor_type, bytes(t.data)) == (y[name].tensor_type, bytes(y[name].data)), name
 
 
-def converted(source: Path, out: Path, target: str) -> Path:
-    code, stdout, stderr = quantkit("convert", source, "-o", out, "--to", target, "--no-eval", "--json")
+def converted(source: Path, out: Path, target: str, *options: object) -> Path:
+    code, stdout, stderr = quantkit("convert", source, "-o", out, "--to", target, "--no-eval", "--json", *options)
     assert code == 0, stderr
     return out / json.loads(stdout)["variants"][0]["path"]
 
@@ -139,3 +140,54 @@ def test_what_a_gguf_cannot_say_is_refused(families, change, says, tmp_path):
     (source / "config.json").write_text(json.dumps(config | change))
     code, _, stderr = quantkit("convert", source, "-o", tmp_path / "out", "--to", "F32", "--no-eval")
     assert code == 65 and says in stderr, stderr
+
+
+MIQU = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 32764,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-05,
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
+
+@pytest.mark.parametrize("quantized", ["Q2_K", "Q4_K_M", "Q5_K_M"])
+def test_a_miqu_comes_back_with_every_value(quantized, miqu, tmp_path):
+    """The published model's shape, scaled down: each stop of the way has the same configuration and tokenizer."""
+    source = converted(miqu, tmp_path / "source", quantized, "--no-calibration")
+    fp16 = converted(source, tmp_path / "folder", "fp16")
+    back = converted(fp16, tmp_path / "back", "F32")  # llama.cpp would round activations to F16 beside F16 weights
+    for path in (miqu, source, back):
+        assert open_model(path).config == MIQU
+    assert json.loads((fp16 / "config.json").read_text()) == MIQU | {"torch_dtype": "float16"}
+    written = {"general.type", "general.size_label"}  # by every converter, but not into this toy
+    assert changed(miqu, back) <= {*ROUND, *written, "general.file_type", "tokenizer.ggml.scores"}
+    probe = " <s> [INST] Wer bist\tdu?  [/INST] Ich 🙂"
+    a, b = (Oracle(p, context=False) for p in (miqu, back))
+    assert a.tokenize(probe, True, True) == b.tokenize(probe, True, True)
+    assert open_model(back).tokenizer().encode_special(probe) == a.tokenize(probe, special=True)
+    a.close(), b.close()
+    agree(theirs(back), ours(fp16))
+
+
+@pytest.fixture(scope="module")
+def miqu(tmp_path_factory) -> Path:
+    """Eight query heads to a key head, Llama's sentencepiece vocabulary, rope theta 1e6, 32764 positions, untied."""
+    shape = {k: v for k, v in MIQU.items() if k not in ("architectures", "model_type", "rope_theta")}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": MIQU["rope_theta"]}}
+    vocab = next(p for p in fetch_source(VOCABS) if p.stem == "ggml-vocab-llama-spm")
+    return write_toy(tmp_path_factory.mktemp("miqu") / "miqu.gguf", toy_model(**shape, **rope), vocab=vocab)

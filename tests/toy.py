@@ -74,9 +74,16 @@ def permuted(w: np.ndarray, heads: int) -> np.ndarray:
     return w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
-def write_toy(path: Path, model: LlamaForCausalLM, kind: T = T.F32, name: str = "toy", arch: str = "llama") -> Path:
-    """Write `model` as a GGUF, its matrices as `kind`."""
-    c, tokens = model.config, vocabulary()
+def write_toy(
+    path: Path,
+    model: LlamaForCausalLM,
+    kind: T = T.F32,
+    name: str = "toy",
+    arch: str = "llama",
+    vocab: Path | None = None,
+) -> Path:
+    """Write `model` as a GGUF, its matrices as `kind`; its tokenizer is `vocabulary()`, or that of the GGUF `vocab`."""
+    c = model.config
     w = gguf.GGUFWriter(path, arch)
     w.add_name(name)
     w.add_license("apache-2.0")
@@ -92,14 +99,12 @@ def write_toy(path: Path, model: LlamaForCausalLM, kind: T = T.F32, name: str = 
     w.add_rope_freq_base(c.rope_parameters["rope_theta"])
     w.add_layer_norm_rms_eps(c.rms_norm_eps)
     w.add_vocab_size(c.vocab_size)
-    w.add_tokenizer_model("gpt2")
-    w.add_tokenizer_pre("smollm")
-    w.add_token_list(tokens[0])
-    w.add_token_types(tokens[1])
-    w.add_token_merges([f"{t[0]} {t[1]}" for t in tokens[0][258:]])
-    w.add_bos_token_id(0)
-    w.add_eos_token_id(1)
-    w.add_add_bos_token(False)
+    if vocab is None:
+        add_vocabulary(w)
+    else:
+        for field in gguf.GGUFReader(vocab).fields.values():
+            if field.name.startswith("tokenizer."):
+                w.add_key_value(field.name, field.contents(), field.types[0], field.types[-1])
     for hf, tensor in model.state_dict().items():
         if hf == "lm_head.weight" and c.tie_word_embeddings:
             continue
@@ -114,6 +119,19 @@ def write_toy(path: Path, model: LlamaForCausalLM, kind: T = T.F32, name: str = 
     w.write_tensors_to_file()
     w.close()
     return path
+
+
+def add_vocabulary(w: gguf.GGUFWriter) -> None:
+    """`vocabulary()`, cut as SmolLM's."""
+    tokens, kinds = vocabulary()
+    w.add_tokenizer_model("gpt2")
+    w.add_tokenizer_pre("smollm")
+    w.add_token_list(tokens)
+    w.add_token_types(kinds)
+    w.add_token_merges([f"{t[0]} {t[1]}" for t in tokens[258:]])
+    w.add_bos_token_id(0)
+    w.add_eos_token_id(1)
+    w.add_add_bos_token(False)
 
 
 def gguf_name(hf: str) -> str:
