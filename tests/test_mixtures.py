@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from math import prod
+from pathlib import Path
 
 import gguf
 import pytest
+from mixture_cases import CHOICES, hashed, toys
 
 from quantkit.codecs import lookup
 from quantkit.files.gguf import read_gguf
+from quantkit.recipe import Recipe
 from quantkit.targets.mixtures import MIXTURES, Shape, choose, file_type
+
+SAID = Path(__file__).with_name("mixtures-llama-quantize.txt")
 
 # What `llama-quantize --dry-run` prints for the 70B shape of Llama 2 and miqu, in MiB.
 LLAMA_70B_MIB = {
@@ -83,3 +88,20 @@ def test_eight_experts_keep_attention_at_eight_bits():
     types = dict(zip([n for n, _, _ in tensors], choose("Q4_K_M", tensors, Shape(4, experts=8), False), strict=True))
     assert types["blk.0.attn_k.weight"] == types["blk.0.attn_v.weight"] == "Q8_0"
     assert types["blk.0.attn_output.weight"] == "Q5_K"
+
+
+@pytest.fixture(scope="module")
+def toy_tensors(tmp_path_factory):
+    files = toys(tmp_path_factory.mktemp("toys")).items()
+    return {name: [(n, t.shape, t.type) for n, t in read_gguf(path).tensors.items()] for name, path in files}
+
+
+@pytest.mark.parametrize("line", SAID.read_text().splitlines(), ids=lambda line: " ".join(line.split()[:2]))
+def test_types_are_those_that_llama_quantize_says(line, toy_tensors):
+    """Every mixture under every set of options; what it said is on file, see mixture_cases.py."""
+    name, mixture, *hashes = line.split()
+    tensors, shape = toy_tensors[name], Shape(gqa=4, tied=name == "tied")
+    for choices, theirs in zip(CHOICES, hashes, strict=True):
+        asked = Recipe(to=(mixture,), **choices).choices()
+        types = choose(mixture, tensors, shape, imatrix=False, choices=asked)
+        assert hashed(dict(zip((n for n, _, _ in tensors), types, strict=True))) == theirs, choices
