@@ -197,7 +197,7 @@ def _solve(
 
 def _read(name: str, ref: Ref, device: torch.device) -> Tensor:
     weight = ref.read().to(device)
-    if not bool(torch.isfinite(weight).all()):
+    if not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):  # no temporary of the weight's size
         raise BadInput("holds values that are not finite", where=name, hint="the source is damaged; get it again")
     return weight
 

@@ -21,7 +21,7 @@ from quantkit.files.safetensors import open_folder
 from quantkit.model import open_model
 from quantkit.targets import Output
 
-SAMPLE = 1 << 16  # weights of a tensor that both decoders are given
+SAMPLE = 1 << 14  # weights of a tensor that both decoders are given: few enough for one thread
 
 
 def seal(parts: Iterable[Tensor]) -> str:
