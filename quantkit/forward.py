@@ -8,7 +8,7 @@ sequences through one block before the next: memory is bounded by a block and th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import BadInput, UsageError
-from quantkit.model import Model, transformers_config
+from quantkit.model import Model, Ref, transformers_config
 from quantkit.stats import Stats
 
 BATCH_TOKENS = 2048  # tokens through a block at once: enough for full matmul speed, little beside a block's weights
@@ -71,7 +71,7 @@ class Network:
             weights = {name: ref.read() for name, ref in self.model.block(layer).items()}
         module = self.base.layers[layer]
         try:
-            yield self.filled(module, weights)
+            yield self.filled(module, self.model.arch.parameters(weights))
         finally:
             module.to("meta")
 
@@ -92,13 +92,23 @@ def network(model: Model, device: torch.device) -> Network:
     config = transformers_config(model.config, model.path)
     # the fused kernels know no soft cap on attention and would leave it out
     config._attn_implementation = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    config._experts_implementation = "eager"
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     wanted = {n: tuple(p.shape) for n, p in empty.named_parameters()}
-    have = {n: t.shape for n, t in model.tensors.items()}
+    have = {n: tuple(p.shape) for n, p in _parameters(model, lambda ref: torch.empty(ref.shape, device="meta")).items()}
     if odd := sorted(set(wanted.items()) ^ set(have.items())):
         raise BadInput(f"transformers builds another model from this configuration ({odd[0][0]})", where=model.path)
     return Network(model, empty, device)
+
+
+def _parameters(model: Model, read: Callable[[Ref], Tensor]) -> dict[str, Tensor]:
+    """Every parameter of transformers' network, by its name there."""
+    out = {name: read(ref) for name, ref in model.outer().items()}
+    for layer in range(model.layers):
+        block = model.arch.parameters({name: read(ref) for name, ref in model.block(layer).items()})
+        out |= {f"model.layers.{layer}.{name}": p for name, p in block.items()}
+    return out
 
 
 class _Notes(nn.Module):
@@ -143,10 +153,7 @@ def embed(net: Network, ids: Tensor) -> States:
         net.filled(base.embed_tokens, {"weight": net.outer("model.embed_tokens.weight")})
         step = max(1, BATCH_TOKENS // ids.shape[1])
         hidden = torch.cat(
-            [
-                base(input_ids=part.to(net.device), use_cache=False).last_hidden_state.cpu()
-                for part in ids.split(step)
-            ]
+            [base(input_ids=part.to(net.device), use_cache=False).last_hidden_state.cpu() for part in ids.split(step)]
         )
         base(input_ids=ids[:1].to(net.device), use_cache=False)
         return States(hidden, tuple(n.kwargs for n in notes))
@@ -225,7 +232,8 @@ def generate(net: Network, start: Tensor, length: int, seed: int, temperature: f
     from transformers import GenerationConfig
 
     net.set_buffers(net.base.embed_tokens)
-    net.filled(net.empty, {name: net.outer(name) for name in net.model.tensors} | _tied(net))
+    weights = _parameters(net.model, lambda ref: ref.read().to(net.device, torch.float32))
+    net.filled(net.empty, weights | _tied(net))
     net.base.rotary_emb = type(net.base.rotary_emb)(config=net.base.config).to(net.device)
     torch.manual_seed(seed)
     how = GenerationConfig(

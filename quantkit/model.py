@@ -142,12 +142,15 @@ def _match(
     """Hold what a GGUF holds against what its architecture says it must hold."""
     expected = list(arch.weights(config))
     for p in expected:
+        if p.expert is not None and p.gguf.replace("_exps", f".{p.expert}") in found:
+            raise Unsupported("one tensor an expert is not read", where=where, hint="convert the model again")
         if p.gguf not in found:
             raise BadInput(f"the tensor {p.gguf} is missing", where=where, hint="the file is incomplete; get it again")
-        if tuple(found[p.gguf]) != p.shape:
+        wanted = p.shape if p.weight.experts is None else (config[p.weight.experts], *p.shape)
+        if tuple(found[p.gguf]) != wanted:
             shape = tuple(found[p.gguf])
             raise FormatError(
-                f"the tensor {p.gguf} has shape {shape} where {arch.gguf} with these keys has {p.shape}",
+                f"the tensor {p.gguf} has shape {shape} where {arch.gguf} with these keys has {wanted}",
                 where=where,
                 hint="the file is damaged or mislabelled",
             )
@@ -161,11 +164,14 @@ def _match(
 
 
 def _gguf_ref(gguf: GGUF, info: TensorInfo, placed: Placed, config: Mapping[str, Any]) -> Ref:
+    nbytes = info.nbytes if placed.expert is None else info.nbytes // info.shape[0]
+    start = nbytes * (placed.expert or 0)
+
     def read() -> Tensor:
-        weight = _decoded(gguf, info.name)
+        weight = decode(info.type, gguf.raw(info.name)[start : start + nbytes], placed.shape)
         return placed.weight.layout.to_hf(weight, config) if placed.weight.layout else weight
 
-    return Ref(placed, info.type, info.nbytes, read)
+    return Ref(placed, info.type, nbytes, read)
 
 
 def _decoded(gguf: GGUF, name: str) -> Tensor:
@@ -176,7 +182,8 @@ def _decoded(gguf: GGUF, name: str) -> Tensor:
 def _open_folder(path: Path) -> Model:
     config = _json(path / "config.json")
     arch = families.by_hf(str(config.get("model_type")), where=str(path / "config.json"))
-    defaults = transformers_config(config, path).to_dict()
+    known = transformers_config(config, path)
+    defaults = known.to_dict() | {name: getattr(known, name) for name in known.attribute_map}  # older names of its keys
     config = arch.complete(config, defaults, where=str(path / "config.json"))
     folder = open_folder(path)
     quantization = config.get("quantization_config") or {}

@@ -22,6 +22,7 @@ from quantkit.corpus import Text
 from quantkit.evaluate import Score
 from quantkit.model import Model
 from quantkit.recipe import Recipe
+from quantkit.targets import Row
 from quantkit.targets.mixtures import PLAIN
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "gguf", "libggml-python", "numpy", "safetensors")
@@ -91,13 +92,19 @@ def upcasts(model: Model, done: Iterable[TensorDone]) -> list[str]:
     grown: dict[tuple[str, str, str], list[TensorDone]] = {}
     for t in (t for t in done if t.row.solver == "ggml"):
         ref = model.tensors[t.row.source]
-        if ref.type not in PLAIN and t.row.nbytes > ref.nbytes:
+        if ref.type not in PLAIN and t.row.nbytes > stored(model, t.row):
             grown.setdefault((t.target, ref.type, t.row.type), []).append(t)
     return [_upcast(model, *types, tensors) for types, tensors in grown.items()]
 
 
+def stored(model: Model, row: Row) -> int:
+    """Bytes of what a row of a GGUF is made of, in the source; of all experts of a stack."""
+    ref = model.tensors[row.source]
+    return ref.nbytes * (prod(row.shape) // prod(ref.shape))
+
+
 def _upcast(model: Model, target: str, before: str, after: str, tensors: list[TensorDone]) -> str:
-    size = sum(t.row.nbytes for t in tensors) / sum(model.tensors[t.row.source].nbytes for t in tensors) - 1
+    size = sum(t.row.nbytes for t in tensors) / sum(stored(model, t.row) for t in tensors) - 1
     worst = max(tensors, key=lambda t: t.loss)
     mean = sum(t.loss for t in tensors) / len(tensors)
     error = f"worse than the source, by {mean:.2g} of its energy on average and {worst.loss:.2g} in {worst.row.name}"

@@ -11,12 +11,14 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import torch
 from gguf import GGMLQuantizationType as T
 from llama_oracle import Oracle
 from models import VOCABS, fetch_source
 from test_convert import quantkit, text  # noqa: F401  text is a fixture
-from test_families import agree, ours, theirs
+from test_families import CTX, EXPERTS, IDS, agree, ours, theirs
 from toy import FAMILIES, toy_model, write_toy
+from transformers import AutoModelForCausalLM
 
 from quantkit.files.gguf import read_gguf
 from quantkit.model import open_model
@@ -112,6 +114,22 @@ def test_a_packed_folder_is_a_source_of_ggufs(text, target, tmp_path):  # noqa: 
     oracle = Oracle(tmp_path / "again" / f"{target}-Q4_K_M.gguf")
     assert np.isfinite(oracle.logits([2, 3, 4])).all()
     oracle.close()
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_go_round_and_are_not_packed(families, name, tmp_path):
+    """Through blocks of 32, each expert by itself; GPTQ and AWQ, which know no experts, say so."""
+    source = converted(families / f"{name}.gguf", tmp_path / "source", "Q8_0", "--no-calibration")
+    folder = converted(source, tmp_path / "folder", "fp16")
+    back = converted(folder, tmp_path / "back", "F32")
+    agree(theirs(back), ours(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(IDS).logits[0, CTX // 2 : CTX - 1]
+    assert torch.allclose(torch.log_softmax(logits, -1), ours(folder), atol=2e-4)
+    for target in ("gptq", "awq"):
+        code, _, stderr = quantkit("convert", source, "-o", tmp_path / target, "--to", target, "--no-eval")
+        assert code == 2 and "mixtures of experts are not packed" in stderr
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,13 @@ FAMILIES: dict[str, dict[str, object]] = {
     "phi": SQUARE
     | rope(10000.0)
     | {"model_type": "phi3", "original_max_position_embeddings": 640, "sliding_window": 256},
+    "mixtral": SHAPE
+    | rope(1e6)
+    | {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3-experts": SHAPE
+    | rope(1e6)
+    | {"model_type": "qwen3_moe", "num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 64}
+    | {"norm_topk_prob": True},
     "gemma2": GEMMA
     | rope(10000.0)
     | {"model_type": "gemma2", "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0, "num_hidden_layers": 4},

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from quantkit.arch import rope
@@ -65,6 +66,7 @@ class Weight:
     layout: Rope | PlusOne | None = None
     bias: str | bool = False  # whether there is a bias of shape[:1], or the config key that says so
     absent: str | None = None  # the config key under which the weight is absent (tied embeddings)
+    experts: str | None = None  # the config key that counts the experts: `hf` has {} for each, a GGUF stacks them
 
     def divided(self, w: Tensor, scale: Tensor, config: Config) -> Tensor:
         """The weight or bias that writes its activation divided by `scale`, one number per row."""
@@ -104,6 +106,7 @@ class Architecture:
     only: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # GGUF keys and the values this family file covers
     scalings: tuple[str, ...] = ()  # the kinds of scaled rotary embeddings, of those in `rope.py`
     tell: str | None = None  # the GGUF key that tells it from another family of the same GGUF name
+    modules: tuple[tuple[str, tuple[str, ...]], ...] = ()  # parameters of transformers' block, and the tensors in each
 
     def weights(self, config: Config) -> Iterator[Placed]:
         """Every tensor a model of this configuration has: outer ones first, then block by block."""
@@ -118,6 +121,10 @@ class Architecture:
             return
         dims = self.dims(config)
         shape = tuple(dims[d] for d in w.shape)
+        if w.experts:
+            for e in range(config[w.experts]):
+                yield Placed(f"{gguf}{w.gguf}.weight", f"{hf}{w.hf.format(e)}.weight", shape, w, layer, e)
+            return
         yield Placed(f"{gguf}{w.gguf}.weight", f"{hf}{w.hf}.weight", shape, w, layer)
         if w.bias is True or (w.bias and config.get(w.bias)):
             yield Placed(f"{gguf}{w.gguf}.bias", f"{hf}{w.hf}.bias", shape[:1], w, layer)
@@ -126,6 +133,20 @@ class Architecture:
         """The tensors that only a GGUF has, computed from the configuration."""
         freqs = rope.llama3_freqs(config)
         return {} if freqs is None else {rope.FREQS: freqs}
+
+    def parameters(self, block: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A block's tensors, by their names in it, as the parameters of transformers' module: experts in stacks."""
+        left, made = dict(block), {}
+        for name, parts in self.modules:
+            if "{}" in parts[0]:
+                stacks = []
+                for part in parts:
+                    names = [n for e in range(len(block)) if (n := part.format(e)) in left]
+                    stacks.append(torch.stack([left.pop(n) for n in names]))
+                made[name] = torch.cat(stacks, 1)
+            else:
+                made[name] = left.pop(parts[0])
+        return left | made
 
     def folds(self) -> list[tuple[Weight, tuple[Weight, ...]]]:
         """(producer, consumers) for each activation that a norm or a matrix scales: where AWQ may fold."""
@@ -247,6 +268,7 @@ class Placed:
     shape: tuple[int, ...]
     weight: Weight
     layer: int | None
+    expert: int | None = None  # its place in a GGUF's stack of experts
 
 
 def flat_rope(parameters: Config) -> dict[str, Any]:

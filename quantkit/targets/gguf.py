@@ -63,7 +63,7 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
 
     def solve(piece: Piece) -> Iterator[Solved]:
         for tensor, row in zip(tensors, rows, strict=True):
-            if tensor.carrier in piece.weights:
+            if tensor.parts[0] in piece.weights:
                 importance = _importance(piece, tensor, given, calibrated) if row.name in weighted else None
                 yield encoded(piece, tensor, row, importance)
 
@@ -76,17 +76,21 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
 class Held:
     """One tensor of the new file: its name there, shape and present type, and the HF tensors it is made of.
 
-    `carrier` is the HF tensor in whose piece it is solved; a tensor that only a GGUF has is `computed` and rides along
-    with the embedding.
+    These are one, or all experts of a stack, and are solved in one piece. A tensor that only a GGUF has is `computed`
+    and rides along with the embedding.
     """
 
     name: str
     shape: tuple[int, ...]
     type: str
-    source: str
-    carrier: str
+    parts: tuple[str, ...]
     reads: str | None = None
     computed: Tensor | None = None
+
+    @property
+    def source(self) -> str:
+        """Its one name among the source's tensors."""
+        return self.parts[0] if self.computed is None else self.name
 
 
 def held(model: Model) -> list[Held]:
@@ -94,10 +98,17 @@ def held(model: Model) -> list[Held]:
 
     From a folder, what llama.cpp does not quantize becomes float32, as its own converter has it.
     """
-    made = {r.placed.gguf: Held(r.placed.gguf, r.shape, r.type, n, n, reads(r)) for n, r in model.tensors.items()}
+    parts: dict[str, list[str]] = {}
+    for source, ref in model.tensors.items():
+        parts.setdefault(ref.placed.gguf, []).append(source)
+    made = {}
+    for name, sources in parts.items():
+        ref = model.tensors[sources[0]]
+        shape = ref.shape if ref.placed.expert is None else (len(sources), *ref.shape)
+        made[name] = Held(name, shape, ref.type, tuple(sources), reads(ref))
     embedding = next(iter(model.tensors))
     for name, value in model.arch.computed(model.config).items():
-        made[name] = Held(name, tuple(value.shape), "F32", name, embedding, None, value)
+        made[name] = Held(name, tuple(value.shape), "F32", (embedding,), None, value)
     if model.gguf is not None:
         return [replace(made[n], type=t.type) for n, t in model.gguf.tensors.items()]
     return [t if quantizable(t.name, t.shape) else replace(t, type="F32") for t in made.values()]
@@ -118,7 +129,7 @@ def laid_out(
 def fitting_imatrix(path: Path, model: Model) -> Imatrix:
     """The importance matrix at `path`; BadInput where it is another model's."""
     imatrix = read_imatrix(path)
-    shapes = {r.placed.gguf: r.shape for r in model.tensors.values()}
+    shapes = {t.name: t.shape for t in held(model)}
     for name in imatrix.sums.keys() & shapes.keys():
         experts, columns = prod(shapes[name][:-2]), shapes[name][-1]
         if imatrix.sums[name].numel() != experts * columns:
@@ -162,7 +173,7 @@ def encoded(piece: Piece, tensor: Held, row: Row, importance: Tensor | None) -> 
     `importance` is (experts, width), one row for a matrix that is no stack of experts.
     """
     if row.solver == "copy" and piece.model.gguf is not None:
-        if not bool(torch.isfinite(torch.stack(piece.weights[tensor.carrier].aminmax())).all()):
+        if any(not bool(torch.isfinite(torch.stack(piece.weights[p].aminmax())).all()) for p in tensor.parts):
             raise BadInput("holds values that are not finite", where=row.name, hint="get the file again")
         return Solved(row.source, {row.name: piece.model.gguf.raw(row.name)}, None, 0.0)
     ordered = gguf_order(piece, tensor)
@@ -177,10 +188,13 @@ def encoded(piece: Piece, tensor: Held, row: Row, importance: Tensor | None) -> 
 
 def gguf_order(piece: Piece, tensor: Held) -> Tensor:
     """The tensor's values, float32, as a GGUF lays them out."""
-    weight = piece.weights[tensor.carrier]
+    weight = piece.weights[tensor.parts[0]]
     if tensor.computed is not None:
         return tensor.computed.to(weight.device)
-    layout = piece.refs[tensor.carrier].placed.weight.layout
+    placed = piece.refs[tensor.parts[0]].placed
+    if placed.expert is not None:
+        return torch.stack([piece.weights[p] for p in tensor.parts])
+    layout = placed.weight.layout
     return layout.to_gguf(weight, piece.model.config) if layout else weight
 
 
@@ -196,7 +210,8 @@ def shape_of(model: Model) -> Shape:
     heads, kv = model.config["num_attention_heads"], model.config["num_key_value_heads"]
     llama_70b = model.arch.gguf == "llama" and model.layers == 80 and heads != kv  # LLM_TYPE_70B, llama-model.cpp
     tied = bool(model.config.get("tie_word_embeddings"))
-    return Shape(heads // kv, model.config.get("num_local_experts", 0), llama_70b, tied)
+    experts = model.config.get("num_local_experts") or model.config.get("num_experts") or 0
+    return Shape(heads // kv, experts, llama_70b, tied)
 
 
 def described(model: Model, name: str) -> dict[str, Value]:

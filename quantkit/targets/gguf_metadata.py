@@ -6,6 +6,7 @@ Which keys there are and what they hold is what llama.cpp's own converter writes
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,15 @@ ITEMS = {"float32": T.FLOAT32, "int32": T.INT32}
 
 def metadata_of(model: Model) -> dict[str, Value]:
     """The keys of a model that comes from a folder; Unsupported for what a GGUF cannot say."""
+    experts = [r for r in model.tensors.values() if r.placed.expert is not None]
+    each = sum(prod(r.shape) for r in experts if r.placed.expert == 0)
+    shared = model.parameters - sum(prod(r.shape) for r in experts)
+    count = 1 + max((r.placed.expert or 0 for r in experts), default=-1)
     keys: dict[str, Any] = {
         Keys.General.ARCHITECTURE: model.arch.gguf,
         Keys.General.TYPE: "model",
         Keys.General.NAME: model.name,
-        Keys.General.SIZE_LABEL: size_label(model.parameters, 0, 0, 0),
+        Keys.General.SIZE_LABEL: size_label(model.parameters, shared, each, count),
     }
     keys |= model.arch.config_to_gguf(model.config)
     keys |= gguf_tokenizer(model.files, model.config["vocab_size"])

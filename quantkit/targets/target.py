@@ -190,6 +190,8 @@ def readers_of(piece: Piece) -> dict[str, list[str]]:
 
 def fitting_group(model: Model, asked: int | None, choices: Sequence[int] = (128, 64, 32)) -> tuple[int, str]:
     """The group size and the words that explain it; UsageError naming the first tensor that `asked` does not divide."""
+    if any(r.placed.expert is not None for r in model.tensors.values()):
+        raise UsageError("mixtures of experts are not packed", where=model.name, hint="choose fp16 or a GGUF target")
     widths = sorted({r.shape[1] for r in linear(model).values()})
     fits = [g for g in choices if all(w % g == 0 for w in widths)]
     if asked is None:
