@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from quantkit.errors import QuantkitError, VerifyError
 from quantkit.files.gguf import GGUF
 from quantkit.files.safetensors import open_folder
 from quantkit.model import open_model
-from quantkit.targets import Output
+from quantkit.targets import Output, Row
 
 SAMPLE = 1 << 14  # weights of a tensor that both decoders are given: few enough for one thread
 
@@ -44,14 +45,20 @@ def check_seals(output: Output, path: Path, seals: Mapping[str, str]) -> Iterato
         model = open_model(path)
     except QuantkitError as e:
         raise VerifyError(f"does not open again ({e})", where=output.path) from e
-    folder = None if model.gguf else open_folder(path)
-    for row in output.rows:
-        raw = folder.read(row.name) if folder else model.gguf.raw(row.name) if model.gguf else None
-        if raw is None or seal([raw]) != seals[row.source]:
-            raise VerifyError(f"the tensor {row.name} does not read back as it was written", where=output.path)
-        if model.gguf and not _both_decoders_agree(model.gguf, row.name):
-            raise VerifyError(f"two decoders read the tensor {row.name} differently", where=output.path)
-        yield row.name
+    gguf, read = model.gguf, model.gguf.raw if model.gguf else open_folder(path).read
+
+    def check(row: Row) -> str | None:
+        if seal([read(row.name)]) != seals[row.source]:
+            return f"the tensor {row.name} does not read back as it was written"
+        if gguf and not _both_decoders_agree(gguf, row.name):
+            return f"two decoders read the tensor {row.name} differently"
+        return None
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for row, fault in zip(output.rows, pool.map(check, output.rows), strict=True):
+            if fault:
+                raise VerifyError(fault, where=output.path)
+            yield row.name
 
 
 def _both_decoders_agree(gguf: GGUF, name: str) -> bool:

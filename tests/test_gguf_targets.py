@@ -216,3 +216,25 @@ def test_the_lineage_says_what_is_lost(source, tmp_path):
 
 def test_choices_ask_for_nothing_by_default():
     assert Choices() == Choices(None, None, (), False, False, None, None)
+
+
+def test_a_gguf_that_does_not_read_back_gets_no_name(monkeypatch, source, tmp_path):
+    """A byte that turns on its way to the disk is found, in a file and in a folder of floats alike."""
+    from quantkit.files import gguf_writer, safetensors
+
+    def turned(write):
+        def broken(self, name, raw):
+            raw = raw.clone()
+            raw.view(torch.uint8).view(-1)[-1] ^= 1
+            write(self, name, raw)
+
+        return broken
+
+    monkeypatch.setattr(gguf_writer.GGUFWriter, "write", turned(gguf_writer.GGUFWriter.write))
+    monkeypatch.setattr(safetensors.FolderWriter, "write", turned(safetensors.FolderWriter.write))
+    options = ["--to", "Q4_0", "--to", "fp16", "--no-calibration", "--no-eval"]
+    code, _, stderr = quantkit("convert", source, "-o", tmp_path / "out", *options)
+    assert code == 70, stderr
+    assert "2 of 2 outputs failed: Toy-Q4_0.gguf: the tensor" in stderr
+    assert "does not read back as it was written" in stderr
+    assert not (tmp_path / "out").exists()

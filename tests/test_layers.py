@@ -29,7 +29,9 @@ ALLOWED = {
     "importance": {"files", "forward", "model", "stats", "targets"},
     "plan": {"targets", "model", "recipe", "evaluate", "forward"},
     "verify": {"targets", "model", "codecs"},
-    "convert": {"plan", "targets", "model", "files", "forward", "evaluate", "verify", "stats", "corpus", "importance"},
+    "seal": {"targets", "model", "codecs", "files"},
+    "convert": {"plan", "targets", "model", "files", "forward", "evaluate", "verify", "stats", "corpus"}
+    | {"importance", "seal"},
     "selfcal": {"forward", "model", "corpus", "files"},
     "report": {"convert", "corpus", "evaluate", "model", "recipe", "targets"},
 }

@@ -115,6 +115,8 @@ def _run(
                     variants.append(variant_record(event, tensors[made.target], model.parameters))
                 case Failed(_, error):
                     failed.append(error)
+    if not variants:  # all failed: nothing was made, and nothing is left to lay a report beside
+        return failed
     grown = upcasts(model, (t for done in tensors.values() for t in done))
     for warning in grown:
         err.print(f"warning: {warning}", soft_wrap=True)
