@@ -174,6 +174,26 @@ def _gguf_ref(gguf: GGUF, info: TensorInfo, placed: Placed, config: Mapping[str,
     return Ref(placed, info.type, nbytes, read)
 
 
+def _refuse_unknown(folder: Folder, refs: Mapping[str, Ref], config: Mapping[str, Any]) -> None:
+    """Hold a folder's tensors against those that were asked for; what was left unread must have no effect.
+
+    That is so for rotary frequencies that old folders hold, for a second copy of a tied embedding, and for the biases
+    of zeros that AutoGPTQ gives to every matrix.
+    """
+    stems = {name.rpartition(".")[0] for name in refs}
+    for name in sorted(folder.entries.keys() - refs.keys()):
+        stem, _, part = name.rpartition(".")
+        tied = name == "lm_head.weight" and config.get("tie_word_embeddings")
+        packed = stem in stems and part in (*GPTQ_PARTS, *AWQ_PARTS, "g_idx")
+        zeros = part == "bias" and stem in stems and not bool(folder.read(name).any())
+        if not (tied or packed or zeros or name.endswith("rotary_emb.inv_freq")):
+            raise Unsupported(
+                f"{config['model_type']} with this configuration has no tensor {name}",
+                where=folder.path,
+                hint="this variant of the family is not supported",
+            )
+
+
 def _decoded(gguf: GGUF, name: str) -> Tensor:
     info = gguf.tensors[name]
     return decode(info.type, gguf.raw(name), info.shape)
@@ -191,6 +211,7 @@ def _open_folder(path: Path) -> Model:
     if method not in _READERS:
         raise Unsupported(f"the format {method!r} is not read", where=path, hint=f"known: {', '.join(_READERS)}")
     refs = {p.hf: _READERS[method](folder, p, quantization) for p in arch.weights(config)}
+    _refuse_unknown(folder, refs, config)
     files = {n: (path / n).read_text(encoding="utf-8") for n in TOKENIZER_FILES if (path / n).is_file()}
     if "tokenizer.json" not in files:
         raise BadInput("no tokenizer.json in this folder", where=path, hint="save the fast tokenizer beside the model")

@@ -6,14 +6,20 @@ what went in: configuration, tensors, logits. Nothing of quantkit's has a part i
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from llama_oracle import Oracle
+from safetensors.torch import load_file, save_file
+from test_convert import quantkit
 from toy import FAMILIES, family_model
 
+from quantkit.arch.rope import llama3_freqs, llama3_of
 from quantkit.codecs.grid import Grid
+from quantkit.errors import BadInput, Unsupported
 from quantkit.evaluate import predict
 from quantkit.forward import States, embed, last, network, readers, run, watching
 from quantkit.model import open_model
@@ -26,16 +32,16 @@ CTX = 128  # more than a sliding window, a llama3 length and a Gemma window of 1
 IDS = torch.randint(2, 320, (1, CTX), generator=torch.Generator().manual_seed(7))
 
 
-def ours(path: Path) -> torch.Tensor:
+def ours(path: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
     """Log-probabilities at the scored positions."""
-    return last(predict(network(open_model(path), CPU), IDS)).logprobs(slice(None))
+    return last(predict(network(open_model(path), CPU), ids)).logprobs(slice(None))
 
 
-def theirs(path: Path) -> torch.Tensor:
+def theirs(path: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
     """llama.cpp's log-probabilities at the same positions."""
     oracle = Oracle(path)
     try:
-        return torch.log_softmax(torch.from_numpy(oracle.logits(IDS[0].tolist())), -1)[CTX // 2 : CTX - 1]
+        return torch.log_softmax(torch.from_numpy(oracle.logits(ids[0].tolist())), -1)[CTX // 2 : CTX - 1]
     finally:
         oracle.close()
 
@@ -90,3 +96,55 @@ def test_awqs_folds_leave_every_block_as_it_was(families, name):
         with net.block(layer, {n.removeprefix(prefix): w for n, w in folded.items()}) as block:
             run(again, layer, block, CPU)
         assert torch.allclose(again.hidden, states.hidden, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "factor", "high", "length", "theta"),
+    [(128, 8.0, 4.0, 8192, 500000.0), (64, 32.0, 4.0, 8192, 500000.0), (128, 16.0, 1.5, 4096, 10000.0)],
+)
+def test_llama3s_numbers_are_read_off_its_divisors(head_dim, factor, high, length, theta):
+    """Llama 3.1 and 3.2 as published, and one that nobody published."""
+    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": high}
+    scaling["original_max_position_embeddings"] = length
+    config = {"head_dim": head_dim, "rope_theta": theta, "rope_scaling": scaling}
+    assert llama3_of(llama3_freqs(config), config) == scaling
+
+
+def test_other_divisors_are_refused():
+    config = {"head_dim": 64, "rope_theta": 10000.0}
+    assert llama3_of(torch.ones(32), config) is None
+    for freqs in (
+        torch.linspace(1, 8, 32),
+        torch.linspace(1, 2, 32).square(),
+        torch.full((32,), 4.0),
+        torch.ones(5) * 2,
+    ):
+        with pytest.raises(BadInput, match=r"rope_freqs\.weight"):
+            llama3_of(freqs, config)
+
+
+def test_gemma_3_270m_is_llama_cpps(gemma3, tmp_path):
+    """A real model: quantized by llama.cpp, made F16 by quantkit, run by both."""
+    code, stdout, stderr = quantkit("convert", gemma3, "-o", tmp_path / "out", "--to", "F16", "--no-eval", "--json")
+    assert code == 0, stderr
+    path = tmp_path / "out" / json.loads(stdout)["variants"][0]["path"]
+    words = "The sun had set when they came to the bridge, and nobody said a word. "
+    ids = torch.tensor([open_model(path).tokenizer().encode("\u2581" + words * 8)[:CTX]])
+    ids[0, 0] = 2
+    agree(theirs(path, ids), ours(path, ids))
+
+
+def test_tensors_that_a_family_has_not_are_refused(families, tmp_path):
+    folder = tmp_path / "odd"
+    shutil.copytree(families / "llama", folder)
+    weights = load_file(folder / "model.safetensors")
+    zeros, name = torch.zeros(192), "model.layers.1.self_attn.q_proj.bias"
+    save_file(
+        weights | {name: zeros, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)},
+        folder / "model.safetensors",
+    )
+    open_model(folder)
+    for odd in ({name: zeros + 1}, {"model.layers.0.mlp.extra.weight": zeros}):
+        save_file(weights | odd, folder / "model.safetensors")
+        with pytest.raises(Unsupported, match=next(iter(odd))):
+            open_model(folder)

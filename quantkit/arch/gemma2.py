@@ -7,24 +7,12 @@ embeddings, which llama.cpp does not read.
 from __future__ import annotations
 
 from quantkit.arch.gemma3 import ARCHITECTURE as GEMMA3
+from quantkit.arch.gemma3 import derived
 from quantkit.arch.llama import KEYS
-from quantkit.arch.schema import Architecture, Config, Key
+from quantkit.arch.schema import Architecture, Key
 
 EVERY = 2
 LAYERS_27B = 46
-
-
-def layer_types(c: Config) -> list[str]:
-    """Which layers slide: the first, the third and so on."""
-    return ["sliding_attention" if (i + 1) % EVERY else "full_attention" for i in range(c["num_hidden_layers"])]
-
-
-def attention_scalar(c: Config) -> int:
-    """What queries are divided by the root of: `f_attention_scale`, turned over."""
-    if c["num_hidden_layers"] == LAYERS_27B:
-        return c["hidden_size"] // c["num_attention_heads"]
-    return c["head_dim"]
-
 
 ARCHITECTURE = Architecture(
     gguf="gemma2",
@@ -44,6 +32,6 @@ ARCHITECTURE = Architecture(
         ("attention_bias", False),
         ("tie_word_embeddings", True),
     ),
-    derived=(("layer_types", layer_types), ("query_pre_attn_scalar", attention_scalar)),
+    derived=derived(EVERY, LAYERS_27B),
     only=(("attention.sliding_window_pattern", (None, EVERY)),),
 )

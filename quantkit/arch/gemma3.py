@@ -6,25 +6,28 @@ scaled by the module itself in both programs. Leaves out vision, embedding model
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from quantkit.arch.llama import KEYS, OUTER, dims
 from quantkit.arch.schema import Architecture, Config, Key, PlusOne, Weight
 
 EVERY = 6  # the layer of so many that sees everything
-LAYERS_27B = 62  # LLM_TYPE_27B, which scales attention otherwise than the head's width would
+LAYERS_27B = 62  # what llama.cpp knows the 27B model by, whose heads are not scaled by their own width
 
 
-def layer_types(c: Config) -> list[str]:
-    """Which layers slide: all but every sixth."""
-    return ["sliding_attention" if (i + 1) % EVERY else "full_attention" for i in range(c["num_hidden_layers"])]
+def derived(every: int, layers_27b: int) -> tuple[tuple[str, Callable[[Config], Any]], ...]:
+    """What llama.cpp computes: which layers slide, and what queries are divided by the root of."""
 
+    def layer_types(c: Config) -> list[str]:
+        return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(c["num_hidden_layers"])]
 
-def attention_scalar(c: Config) -> int:
-    """What queries are divided by the root of: `f_attention_scale`, turned over."""
-    if c["num_hidden_layers"] == LAYERS_27B:
-        return c["hidden_size"] // c["num_attention_heads"]
-    return c["head_dim"]
+    def scalar(c: Config) -> int:
+        heads, of_27b = c["num_attention_heads"], c["num_hidden_layers"] == layers_27b
+        return c["hidden_size"] // heads if of_27b else c["head_dim"]
+
+    return (("layer_types", layer_types), ("query_pre_attn_scalar", scalar))
 
 
 def norms(*weights: Weight) -> tuple[Weight, ...]:
@@ -65,7 +68,7 @@ ARCHITECTURE = Architecture(
         ("attn_logit_softcapping", None),
         ("use_bidirectional_attention", False),
     ),
-    derived=(("layer_types", layer_types), ("query_pre_attn_scalar", attention_scalar)),
+    derived=derived(EVERY, LAYERS_27B),
     only=(("attention.sliding_window_pattern", (None, EVERY)),),
     scalings=("linear",),
 )

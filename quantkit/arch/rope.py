@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.errors import BadInput, Unsupported
+from quantkit.errors import BadInput, FormatError, Unsupported
 
 FREQS = "rope_freqs.weight"
 PREFIX = "rope.scaling."
@@ -110,9 +110,11 @@ def llama3_of(freqs: Tensor, config: Mapping[str, Any]) -> dict[str, Any] | None
     if factor == 1.0:
         return None
     waves = _wavelengths(config)
+    if len(f) != len(waves):
+        raise FormatError(f"{len(f)} divisors for {len(waves)} frequencies", where=FREQS)
     between = (f > 1 + 1e-5) & (f < factor * (1 - 1e-5))
     x, s = 1 / waves[between], (1 / f[between] - 1 / factor) / (1 - 1 / factor)
-    if len(x) >= 2 and len(f) == len(waves):
+    if len(x) >= 2:
         line = torch.linalg.lstsq(torch.stack([x, torch.ones_like(x)], 1), s[:, None]).solution
         slope, intercept = line[:, 0].tolist()
         high = 1 - 1 / intercept
