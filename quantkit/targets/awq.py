@@ -57,6 +57,7 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
         "bits": 4,
         "group_size": group,
         "zero_point": True,
+        "sym": False,  # AutoRound takes true where the key is absent, and then drops the zeros
         "version": "gemm",
         "modules_to_not_convert": ["lm_head"],
     }
