@@ -164,7 +164,7 @@ class Cursor:
         dtype = np.dtype("u1" if item is GGUFValueType.BOOL else NUMBERS[item][1])
         n = self.count(name, MAX_ITEMS, dtype.itemsize)
         start = self.take(n * dtype.itemsize, what)
-        stored = np.frombuffer(self.buffer[start : self.pos], dtype.newbyteorder(self.order))
+        stored = np.frombuffer(self.buffer[start : self.pos], np.dtype(self.order + dtype.str[1:]))
         if item is not GGUFValueType.BOOL:
             return stored.astype(dtype)
         if (stored > 1).any():
