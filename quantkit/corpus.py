@@ -280,7 +280,7 @@ def _encode(document: Document, tokenizer: Tokenizer) -> list[int]:
     """
     if isinstance(document, tuple) and tokenizer.chat_template:
         names = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
-        special = {n: "" if i is None else tokenizer.backend.id_to_token(i) for n, i in names.items()}
+        special = {n: "" if i is None else tokenizer.backend.id_to_token(i) or "" for n, i in names.items()}
         rendered = render([m._asdict() for m in document], tokenizer.chat_template, special)
         if rendered is not None:
             return _with_bos(tokenizer.encode_special(rendered), tokenizer)
