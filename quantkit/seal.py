@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from quantkit.codecs import decode, decode_torch, lookup
-from quantkit.errors import QuantkitError, VerifyError
+from quantkit.errors import VerifyError
 from quantkit.files.gguf import GGUF
 from quantkit.files.safetensors import open_folder
-from quantkit.model import open_model
 from quantkit.targets import Output, Row
+from quantkit.verify import reopened
 
 SLAB = 1 << 18  # weights that both decoders are given at a time: their temporaries stay in a core's cache
 
@@ -38,13 +38,7 @@ def check_seals(output: Output, path: Path, seals: Mapping[str, str]) -> Iterato
 
     Opening holds names, shapes and configuration against the architecture. Raises VerifyError.
     """
-    found = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
-    if found != output.nbytes:
-        raise VerifyError(f"has {found:,} bytes where {output.nbytes:,} were planned", where=output.path)
-    try:
-        model = open_model(path)
-    except QuantkitError as e:
-        raise VerifyError(f"does not open again ({e})", where=output.path) from e
+    model = reopened(output, path)
     gguf, read = model.gguf, model.gguf.raw if model.gguf else open_folder(path).read
 
     def check(row: Row) -> str | None:

@@ -25,18 +25,23 @@ def digest(value: Tensor) -> str:
     return hashlib.blake2b(plain.numpy().data, digest_size=16).hexdigest()
 
 
+def reopened(output: Output, path: Path) -> Model:
+    """The finished `output`, opened again; VerifyError where its size is not the planned one or it does not open."""
+    found = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+    if found != output.nbytes:
+        raise VerifyError(f"has {found:,} bytes where {output.nbytes:,} were planned", where=output.path)
+    try:
+        return open_model(path)
+    except QuantkitError as e:
+        raise VerifyError(f"does not open again ({e})", where=output.path) from e
+
+
 def verify(output: Output, path: Path, digests: Mapping[str, str]) -> Iterator[str]:
     """Reopen `output` at `path` and hold every tensor against its digest (by HF name), yielding each name when done.
 
     Opening holds names, shapes and configuration against the architecture. Raises VerifyError.
     """
-    found = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
-    if found != output.nbytes:
-        raise VerifyError(f"has {found:,} bytes where {output.nbytes:,} were planned", where=output.path)
-    try:
-        model = open_model(path)
-    except QuantkitError as e:
-        raise VerifyError(f"does not open again ({e})", where=output.path) from e
+    model = reopened(output, path)
     for row in output.rows:
         value = _read(model, row)
         if not bool(torch.isfinite(value).all()):

@@ -29,7 +29,7 @@ ALLOWED = {
     "importance": {"files", "forward", "model", "stats", "targets"},
     "plan": {"targets", "model", "recipe", "evaluate", "forward"},
     "verify": {"targets", "model", "codecs"},
-    "seal": {"targets", "model", "codecs", "files"},
+    "seal": {"targets", "model", "codecs", "files", "verify"},
     "convert": {"plan", "targets", "model", "files", "forward", "evaluate", "verify", "stats", "corpus"}
     | {"importance", "seal"},
     "selfcal": {"forward", "model", "corpus", "files"},
