@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,12 +107,39 @@ def convert(
     on; None where nothing is calibrated or scored. Raises UsageError where an output is already there and `force` is
     not given, Resumable where the disk is too full; outputs that were not complete then are gone.
     """
+    with folder_for(out, plan, force):
+        net = network(model, device) if plan.calibrated or evaluation is not None else None
+        with ExitStack() as all_products:
+            products = [_open(o, out, force, all_products) for o in plan.outputs]
+            sums: Sums = {}
+            yield from _solve(model, net, products, device, calibration if plan.calibrated else None, sums)
+            weighted = any(o.format == "gguf" and o.calibrated for o in plan.outputs)
+            if weighted and calibration is not None and text is not None:
+                write_imatrix(out / IMATRIX_FILE, imatrix_of(model, sums, text.name, calibration))
+            finished = []
+            for p in products:
+                passed = yield from _finish(p)
+                finished += [p] if passed else []
+        if net is None or evaluation is None:
+            yield from (VariantDone(p.output, p.seconds, None) for p in finished)
+            return
+        reference = yield from _predict(net, evaluation, "scoring the source")
+        yield SourceScored(score(reference, evaluation))
+        for p in finished:
+            variant = network(open_model(out / p.output.path), device)
+            predictions = yield from _predict(variant, evaluation, f"scoring {p.output.target}")
+            yield VariantDone(p.output, p.seconds, score(predictions, evaluation, reference))
+
+
+@contextmanager
+def folder_for(out: Path, plan: Plan, force: bool) -> Iterator[None]:
+    """Have the output folder, with room for the plan; one that was made here and stays empty goes again."""
     claim(out, plan, force)
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         require_space(out, plan.disk)
-        yield from _convert(model, plan, out, device, calibration, text, evaluation, force)
+        yield
     finally:
         if made and out.is_dir() and not any(out.iterdir()):
             out.rmdir()
@@ -127,39 +154,6 @@ def claim(out: Path, plan: Plan, force: bool) -> None:
     for o in plan.outputs:
         if o.is_folder and (out / o.root).is_file():
             raise UsageError("a file has the name of an output folder", where=out / o.root, hint="move it away")
-
-
-def _convert(
-    model: Model,
-    plan: Plan,
-    out: Path,
-    device: torch.device,
-    calibration: Tensor | None,
-    text: Text | None,
-    evaluation: Tensor | None,
-    force: bool,
-) -> Iterator[Event]:
-    net = network(model, device) if plan.calibrated or evaluation is not None else None
-    with ExitStack() as all_products:
-        products = [_open(o, out, force, all_products) for o in plan.outputs]
-        sums: Sums = {}
-        yield from _solve(model, net, products, device, calibration if plan.calibrated else None, sums)
-        weighted = any(o.format == "gguf" and o.calibrated for o in plan.outputs)
-        if weighted and calibration is not None and text is not None:
-            write_imatrix(out / IMATRIX_FILE, imatrix_of(model, sums, text.name, calibration))
-        finished = []
-        for p in products:
-            passed = yield from _finish(p)
-            finished += [p] if passed else []
-    if net is None or evaluation is None:
-        yield from (VariantDone(p.output, p.seconds, None) for p in finished)
-        return
-    reference = yield from _predict(net, evaluation, "scoring the source")
-    yield SourceScored(score(reference, evaluation))
-    for p in finished:
-        variant = network(open_model(out / p.output.path), device)
-        predictions = yield from _predict(variant, evaluation, f"scoring {p.output.target}")
-        yield VariantDone(p.output, p.seconds, score(predictions, evaluation, reference))
 
 
 def _open(output: Output, out: Path, force: bool, parent: ExitStack) -> _Product:

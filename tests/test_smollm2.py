@@ -28,9 +28,9 @@ CPU, CHUNKS = torch.device("cpu"), 4
 
 @pytest.fixture(scope="module")
 def out(smollm2, tmp_path_factory):
-    """Five targets from one calibration pass of 8 rows, not scored."""
+    """Six targets from one calibration pass of 8 rows, not scored."""
     folder = tmp_path_factory.mktemp("smollm2") / "out"
-    targets = [f"--to={t}" for t in ("fp16", "gptq", "awq", "Q4_K_M", "F16")]
+    targets = [f"--to={t}" for t in ("fp16", "gptq", "awq", "Q8_0", "Q4_K_M", "F16")]
     code, _, err = quantkit("convert", smollm2, "-o", folder, *targets, "--samples", 8, "--no-eval", "--device", "cpu")
     assert code == 0, err
     return folder
@@ -105,11 +105,14 @@ def test_calibrated_formats_beat_rounding_on_held_out_text(out, source, chunks, 
     assert gap > 3 * (plain.kl_divergence.stderr + made.kl_divergence.stderr)
 
 
-def test_q4_k_m_is_what_ggml_writes(smollm2, out):
+@pytest.mark.parametrize(
+    ("name", "types"), [("Q4_K_M", {T.Q4_K, T.Q5_0, T.Q6_K, T.Q8_0, T.F32}), ("Q8_0", {T.Q8_0, T.F32})]
+)
+def test_gguf_targets_are_what_ggml_writes(smollm2, out, name, types):
     """Three blocks and all outside them, byte for byte, from gguf-py's floats and the imatrix on disk."""
     source = {t.name: t for t in gguf.GGUFReader(smollm2).tensors}
     imatrix, seen = read_imatrix(out / "imatrix.gguf"), set()
-    for t in gguf.GGUFReader(out / "SmolLM2-135M-Instruct-Q4_K_M.gguf").tensors:
+    for t in gguf.GGUFReader(out / f"SmolLM2-135M-Instruct-{name}.gguf").tensors:
         if t.name.startswith("blk.") and t.name.split(".")[1] not in ("0", "15", "29"):
             continue
         before = source[t.name]
@@ -120,4 +123,4 @@ def test_q4_k_m_is_what_ggml_writes(smollm2, out):
             weights = imatrix.importance(t.name).numpy() if t.name in imatrix.sums else None
             assert bytes(t.data) == ggml_bytes(t.tensor_type, floats, weights), t.name
         seen.add(t.tensor_type)
-    assert {T.Q4_K, T.Q5_0, T.Q6_K, T.Q8_0, T.F32} <= seen
+    assert seen == types
