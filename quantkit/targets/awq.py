@@ -100,6 +100,4 @@ def fold(piece: Piece, grid: Grid) -> tuple[dict[str, Tensor], dict[str, Tensor]
     return weights, scales
 
 
-FAMILY = Family(
-    "awq, awq-4bit-64g", re.compile(r"awq(?:-(?P<bits>\d+)bit)?(?:-(?P<group>\d+)g)?", re.IGNORECASE), plan
-)
+FAMILY = Family("awq, awq-4bit-64g", re.compile(r"awq(?:-(?P<bits>\d+)bit)?(?:-(?P<group>\d+)g)?", re.IGNORECASE), plan)

@@ -1,0 +1,129 @@
+"""An HF folder as a `Model`: plain floats, GPTQ or AWQ, told apart by `quantization_config`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quantkit import arch as families
+from quantkit.arch.schema import Placed
+from quantkit.codecs.packed import AWQ_PARTS, GPTQ_PARTS, unpack_awq, unpack_gptq
+from quantkit.errors import BadInput, FormatError, Unsupported
+from quantkit.files.safetensors import NAMES, Folder, open_folder
+from quantkit.model.record import Model, Ref, transformers_config
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def open_hf_folder(path: Path) -> Model:
+    """The model in a folder with config.json, safetensors and tokenizer.json; see `open_model`."""
+    config = _json(path / "config.json")
+    arch = families.by_hf(str(config.get("model_type")), where=str(path / "config.json"))
+    known = transformers_config(config, path)
+    defaults = known.to_dict() | {name: getattr(known, name) for name in known.attribute_map}  # older names of its keys
+    config = arch.complete(config, defaults, where=str(path / "config.json"))
+    folder = open_folder(path)
+    quantization = config.get("quantization_config") or {}
+    method = quantization.get("quant_method", "dense")
+    if method not in _READERS:
+        raise Unsupported(f"the format {method!r} is not read", where=path, hint=f"known: {', '.join(_READERS)}")
+    refs = {p.hf: _READERS[method](folder, p, quantization) for p in arch.weights(config)}
+    _refuse_unknown(folder, refs, config)
+    files = {n: (path / n).read_text(encoding="utf-8") for n in TOKENIZER_FILES if (path / n).is_file()}
+    if "tokenizer.json" not in files:
+        raise BadInput("no tokenizer.json in this folder", where=path, hint="save the fast tokenizer beside the model")
+    return Model(path.resolve().name, path, method, arch, config, files, refs)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as e:
+        raise FormatError(f"not readable as JSON ({e})", where=path, hint="get it again") from None
+    if not isinstance(value, dict):
+        raise FormatError("not a JSON object", where=path, hint="get it again")
+    return value
+
+
+def _refuse_unknown(folder: Folder, refs: Mapping[str, Ref], config: Mapping[str, Any]) -> None:
+    """Hold a folder's tensors against those that were asked for; what was left unread must have no effect.
+
+    That is so for rotary frequencies that old folders hold, for a second copy of a tied embedding, and for the biases
+    of zeros that AutoGPTQ gives to every matrix.
+    """
+    stems = {name.rpartition(".")[0] for name in refs}
+    for name in sorted(folder.entries.keys() - refs.keys()):
+        stem, _, part = name.rpartition(".")
+        tied = name == "lm_head.weight" and config.get("tie_word_embeddings")
+        packed = stem in stems and part in (*GPTQ_PARTS, *AWQ_PARTS, "g_idx")
+        zeros = part == "bias" and stem in stems and not bool(folder.read(name).any())
+        if not (tied or packed or zeros or name.endswith("rotary_emb.inv_freq")):
+            raise Unsupported(
+                f"{config['model_type']} with this configuration has no tensor {name}",
+                where=folder.path,
+                hint="this variant of the family is not supported",
+            )
+
+
+def _dense_ref(folder: Folder, placed: Placed, _: Mapping[str, Any]) -> Ref:
+    entry = folder.entries.get(placed.hf)
+    if entry is None:
+        raise BadInput(f"the tensor {placed.hf} is missing", where=folder.path, hint="the folder is not complete")
+    if entry.shape != placed.shape or not entry.dtype.is_floating_point:
+        raise FormatError(
+            f"the tensor {placed.hf} is {NAMES[entry.dtype]} {entry.shape} where config.json asks for {placed.shape}",
+            where=folder.path,
+            hint="the folder is damaged or mislabelled",
+        )
+    return Ref(placed, NAMES[entry.dtype], entry.nbytes, lambda: folder.read(placed.hf).float())
+
+
+def _packed_ref(
+    folder: Folder,
+    placed: Placed,
+    label: str,
+    parts: tuple[str, ...],
+    unpack: Callable[[dict[str, Tensor]], Tensor],
+) -> Ref:
+    stem = placed.hf.removesuffix(".weight")
+    names = {part: f"{stem}.{part}" for part in parts}
+    if names["qweight"] not in folder.entries:
+        return _dense_ref(folder, placed, {})
+    if missing := [n for n in names.values() if n not in folder.entries]:
+        raise BadInput(f"the tensor {missing[0]} is missing", where=folder.path, hint="the folder is not complete")
+
+    def read() -> Tensor:
+        weight = unpack({part: folder.read(n) for part, n in names.items()})
+        if tuple(weight.shape) != placed.shape:
+            raise FormatError(f"{stem} unpacks to {tuple(weight.shape)}, not {placed.shape}", where=folder.path)
+        return weight
+
+    return Ref(placed, label, sum(folder.entries[n].nbytes for n in names.values()), read)
+
+
+def _gptq_ref(folder: Folder, placed: Placed, quantization: Mapping[str, Any]) -> Ref:
+    bits = quantization.get("bits")
+    if bits not in (2, 3, 4, 8):
+        raise FormatError(f"bits is {bits!r}", where="quantization_config", hint="known: 2, 3, 4, 8")
+    v2 = quantization.get("checkpoint_format", quantization.get("format")) == "gptq_v2"
+    unpack = lambda parts: unpack_gptq(parts, bits, v2, placed.hf)  # noqa: E731
+    return _packed_ref(folder, placed, f"GPTQ-{bits}bit", GPTQ_PARTS, unpack)
+
+
+def _awq_ref(folder: Folder, placed: Placed, quantization: Mapping[str, Any]) -> Ref:
+    if quantization.get("bits") != 4 or str(quantization.get("version", "gemm")).lower() != "gemm":
+        raise Unsupported("only 4-bit AWQ GEMM folders are read", where=folder.path, hint="see README, formats")
+    return _packed_ref(folder, placed, "AWQ-4bit", AWQ_PARTS, lambda parts: unpack_awq(parts, placed.hf))
+
+
+_READERS = {"dense": _dense_ref, "gptq": _gptq_ref, "awq": _awq_ref}

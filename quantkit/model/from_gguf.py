@@ -1,0 +1,84 @@
+"""A GGUF, or a split set, as a `Model`: the architecture's table turns names, row orders and configuration round."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quantkit import arch as families
+from quantkit.arch.schema import Architecture, Placed
+from quantkit.arch.tokenizer import tokenizer_files
+from quantkit.codecs import decode
+from quantkit.errors import BadInput, FormatError, Unsupported
+from quantkit.files.gguf import GGUF, TensorInfo, read_gguf
+from quantkit.model.record import Model, Ref
+
+_TYPE_SUFFIX = re.compile(r"[-._](?:I?Q\d\w*|TQ\d\w*|MXFP4|[BF]+16|F32|fp16|fp32|f16)$", re.IGNORECASE)
+
+
+def open_gguf(path: Path) -> Model:
+    """The model in a GGUF, by its own name or that of any shard of its set; see `open_model`."""
+    gguf = read_gguf(path)
+    shapes = {n: t.shape for n, t in gguf.tensors.items()}
+    arch = families.by_gguf(str(gguf.get("general.architecture")), gguf.get, where=str(path))
+    config = arch.config_from_gguf(gguf.get, shapes, lambda name: _decoded(gguf, name))
+    files = tokenizer_files({key: value.data for key, value in gguf.metadata.items()})
+    ids = {f"{k}_token_id": gguf.get(f"tokenizer.ggml.{g}_token_id") for k, g in _SPECIAL.items()}
+    ids = {k: int(v) for k, v in ids.items() if v is not None}
+    config |= ids | {"pad_token_id": ids.get("pad_token_id")}  # transformers has defaults of its own for some families
+    files["generation_config.json"] = json.dumps(ids, indent=2) + "\n"
+    tensors = _match(arch, config, shapes, str(path))
+    refs = {p.hf: _gguf_ref(gguf, gguf.tensors[p.gguf], p, config) for p in tensors}
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
+    return Model(_TYPE_SUFFIX.sub("", stem), path, "gguf", arch, config, files, refs, gguf)
+
+
+_SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding"}
+
+
+def _match(
+    arch: Architecture, config: Mapping[str, Any], found: Mapping[str, tuple[int, ...]], where: str
+) -> list[Placed]:
+    """Hold what a GGUF holds against what its architecture says it must hold."""
+    expected = list(arch.weights(config))
+    for p in expected:
+        if p.expert is not None and p.gguf.replace("_exps", f".{p.expert}") in found:
+            raise Unsupported("one tensor an expert is not read", where=where, hint="convert the model again")
+        if p.gguf not in found:
+            raise BadInput(f"the tensor {p.gguf} is missing", where=where, hint="the file is incomplete; get it again")
+        wanted = p.shape if p.weight.experts is None else (config[p.weight.experts], *p.shape)
+        if tuple(found[p.gguf]) != wanted:
+            shape = tuple(found[p.gguf])
+            raise FormatError(
+                f"the tensor {p.gguf} has shape {shape} where {arch.gguf} with these keys has {wanted}",
+                where=where,
+                hint="the file is damaged or mislabelled",
+            )
+    if unknown := sorted(set(found) - {p.gguf for p in expected} - arch.computed(config).keys()):
+        raise Unsupported(
+            f"architecture {arch.gguf} has no entry for the tensor {unknown[0]}",
+            where=where,
+            hint="this variant of the family is not supported",
+        )
+    return expected
+
+
+def _gguf_ref(gguf: GGUF, info: TensorInfo, placed: Placed, config: Mapping[str, Any]) -> Ref:
+    nbytes = info.nbytes if placed.expert is None else info.nbytes // info.shape[0]
+    start = nbytes * (placed.expert or 0)
+
+    def read() -> Tensor:
+        weight = decode(info.type, gguf.raw(info.name)[start : start + nbytes], placed.shape)
+        return placed.weight.layout.to_hf(weight, config) if placed.weight.layout else weight
+
+    return Ref(placed, info.type, nbytes, read)
+
+
+def _decoded(gguf: GGUF, name: str) -> Tensor:
+    info = gguf.tensors[name]
+    return decode(info.type, gguf.raw(name), info.shape)

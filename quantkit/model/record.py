@@ -1,0 +1,86 @@
+"""`Model`: any source, opened: configuration, tokenizer files, and every tensor by its HF name with a lazy `read()`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quantkit.arch.schema import Architecture, Placed
+from quantkit.arch.tokenizer import Tokenizer, load_tokenizer
+from quantkit.errors import BadInput
+from quantkit.files.gguf import GGUF
+
+
+@dataclass(frozen=True)
+class Ref:
+    """One tensor of a model. `read()` gives it as float32 in HF's row order; `type` is how the source stores it."""
+
+    placed: Placed
+    type: str
+    nbytes: int
+    read: Callable[[], Tensor]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows first, as in torch."""
+        return self.placed.shape
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that can be read: configuration, texts of its tokenizer files, and every tensor by its HF name."""
+
+    name: str
+    path: Path
+    format: str  # gguf, dense, gptq or awq
+    arch: Architecture
+    config: dict[str, Any]
+    files: dict[str, str]
+    tensors: dict[str, Ref]
+    gguf: GGUF | None = None
+
+    @property
+    def parameters(self) -> int:
+        """How many weights the model has."""
+        return sum(prod(t.shape) for t in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors as the source stores them."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def layers(self) -> int:
+        """How many decoder blocks."""
+        return self.config["num_hidden_layers"]
+
+    def block(self, layer: int) -> dict[str, Ref]:
+        """The tensors of one block by their names inside the block."""
+        prefix = f"model.layers.{layer}."
+        return {n.removeprefix(prefix): t for n, t in self.tensors.items() if t.placed.layer == layer}
+
+    def outer(self) -> dict[str, Ref]:
+        """The tensors outside the blocks, by their full names."""
+        return {n: t for n, t in self.tensors.items() if t.placed.layer is None}
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return load_tokenizer(self.files)
+
+
+def transformers_config(config: Mapping[str, Any], where: Path) -> Any:
+    """The configuration as transformers completes it; BadInput where it refuses to."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    values = {k: v for k, v in config.items() if k not in ("model_type", "quantization_config", "torch_dtype")}
+    try:
+        return AutoConfig.for_model(config["model_type"], **values)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as e:
+        reason = str(e).splitlines()[-1].strip()
+        raise BadInput(f"transformers refuses this configuration ({reason})", where=where) from e
