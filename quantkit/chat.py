@@ -1,20 +1,54 @@
 """Chat templates: a model's own words around a dialogue, rendered in a sandbox.
 
 A template is a program that came with the model. It is never run on opening a file, only to calibrate on dialogues.
+Where a model came without one, the user may name one: a file, or one of those in `chat_templates/`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from quantkit.errors import BadInput, FormatError
 
 if TYPE_CHECKING:
     import jinja2
 
 TEMPLATE_DATE = datetime(2024, 7, 26)  # what Llama 3's own template writes where it cannot ask for the date
+
+BUILT_IN = Path(__file__).with_name("chat_templates")
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template's text and where it comes from, in words."""
+
+    source: str
+    text: str
+
+
+def load_template(name: str) -> ChatTemplate:
+    """The template in the file `name`, or the built-in one of that name; parsed in the sandbox, not rendered.
+
+    Raises BadInput where there is neither, FormatError for what is no Jinja template.
+    """
+    path, source = Path(name), f"file {Path(name).name}"
+    if not path.is_file() and "/" not in name:
+        path, source = BUILT_IN / f"{name}.jinja", f"built-in {name}"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in BUILT_IN.glob("*.jinja")))
+        raise BadInput("no such chat template", where=name, hint=f"give a Jinja file or one of: {known}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        _template(text)
+    except Exception as e:  # not text, or whatever the parser raises on foreign input
+        raise FormatError(f"not a Jinja template ({e})", where=path, hint="check the file") from None
+    return ChatTemplate(source, text)
 
 
 def render(messages: Sequence[Mapping[str, str]], template: str, special: Mapping[str, str]) -> str | None:

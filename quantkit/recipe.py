@@ -37,6 +37,13 @@ def _rule(rule: str) -> str:
     return f"{pattern}={_type(kind)}"
 
 
+def _fact(text: str) -> str:
+    key, sign, _ = text.partition("=")
+    if not key or not sign:
+        raise ValueError(f"{text!r} is not KEY=VALUE, such as rope_theta=1000000")
+    return text
+
+
 def _size(text: str) -> str:
     if not re.fullmatch(r"0*[1-9]\d{0,8}[MG]", text, re.ASCII):
         raise ValueError(f"{text!r} is no size such as 2G or 500M")
@@ -60,6 +67,9 @@ class Recipe(BaseModel):
     eval_chunks: Annotated[int, Field(ge=1)] | None = None  # None: all the text gives
     ctx: Annotated[int, Field(ge=8)] = 512
     device: str = "auto"
+    # of the source: facts stated over its own, and a chat template (a file or a built-in name)
+    override: tuple[Annotated[str, AfterValidator(_fact)], ...] = ()
+    chat_template: str | None = None
     # of GGUF targets, as `llama-quantize` and `llama-gguf-split` mean them (targets/mixtures.py)
     output_type: TensorType | None = None
     token_embedding_type: TensorType | None = None
@@ -92,7 +102,7 @@ def load_recipe(name: str | None, options: Mapping[str, Any]) -> Recipe:
     values: Any = {} if name is None else _read(name)
     if not isinstance(values, dict):
         raise UsageError("a recipe is a mapping of options", where=name, hint="see recipes/demo.yaml")
-    for name_of_list in ("to", "tensor_type"):
+    for name_of_list in ("to", "tensor_type", "override"):
         if isinstance(values.get(name_of_list), str):
             values[name_of_list] = [values[name_of_list]]
     merged = values | {k: v for k, v in options.items() if v is not None}

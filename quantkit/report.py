@@ -31,9 +31,12 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "gguf", "libggml-python", "n
 def describe(model: Model) -> dict[str, Any]:
     """What `inspect` shows of a model; reads headers only."""
     get = model.gguf.get if model.gguf else lambda key, default=None: default
+    template = model.tokenizer().chat_template
     return {
         "name": model.name,
         "path": str(model.path),
+        "repo": model.hub.repo if model.hub else None,
+        "revision": model.hub.commit if model.hub else None,
         "format": model.format,
         "architecture": model.arch.gguf,
         "parameters": model.parameters,
@@ -48,9 +51,18 @@ def describe(model: Model) -> dict[str, Any]:
         "vocabulary": model.config["vocab_size"],
         "tokenizer": get("tokenizer.ggml.model"),
         "pre_tokenizer": get("tokenizer.ggml.pre"),
-        "chat_template": model.tokenizer().chat_template is not None,
+        "chat_template": template_origin(model),
+        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest() if template else None,
+        "overrides": dict(model.facts),
         "license": get("general.license"),
     }
+
+
+def template_origin(model: Model) -> str:
+    """Where the chat template comes from; nothing is put in the place of one that is missing."""
+    if model.template:
+        return model.template.source
+    return "none" if model.tokenizer().chat_template is None else "the source's own"
 
 
 def source_bytes(model: Model) -> int:

@@ -44,6 +44,12 @@ class GGUFInit(c.Structure):
     _fields_ = (("no_alloc", c.c_bool), ("ctx", c.c_void_p))
 
 
+class ChatMessage(c.Structure):
+    """struct llama_chat_message."""
+
+    _fields_ = (("role", c.c_char_p), ("content", c.c_char_p))
+
+
 QUIET = c.CFUNCTYPE(None, c.c_int, c.c_char_p, c.c_void_p)(lambda *_: None)  # lives as long as the library may call it
 SIGNATURES = (
     ("llama_backend_init", None, ()),
@@ -67,6 +73,11 @@ SIGNATURES = (
     ("llama_memory_clear", None, (c.c_void_p, c.c_bool)),
     ("llama_free", None, (c.c_void_p,)),
     ("llama_model_free", None, (c.c_void_p,)),
+    (
+        "llama_chat_apply_template",
+        c.c_int32,
+        (c.c_char_p, c.POINTER(ChatMessage), c.c_size_t, c.c_bool, c.c_char_p, c.c_int32),
+    ),
     ("gguf_init_from_buffer", c.c_void_p, (c.c_char_p, c.c_size_t, GGUFInit)),
     ("gguf_free", None, (c.c_void_p,)),
 )
@@ -91,6 +102,16 @@ def parses(raw: bytes) -> bool:
     if context:
         library().gguf_free(context)
     return bool(context)
+
+
+def chat(template: str, messages: list[dict[str, str]], add_assistant: bool) -> str:
+    """A dialogue as llama.cpp's built-in template of that name writes it, without BOS."""
+    them = (ChatMessage * len(messages))(*((m["role"].encode(), m["content"].encode()) for m in messages))
+    out = c.create_string_buffer(4096)
+    n = library().llama_chat_apply_template(template.encode(), them, len(them), add_assistant, out, len(out))
+    if not 0 <= n <= len(out):
+        raise RuntimeError(f"llama_chat_apply_template returned {n}")
+    return out.raw[:n].decode()
 
 
 class Oracle:

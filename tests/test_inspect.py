@@ -20,7 +20,7 @@ def test_a_real_model_is_described(smollm2):
         "vocabulary": 49152,
         "tokenizer": "gpt2",
         "pre_tokenizer": "smollm",
-        "chat_template": True,
+        "chat_template": "the source's own",
         "license": "apache-2.0",
     }
     assert {k: found[k] for k in expected} == expected

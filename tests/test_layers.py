@@ -21,7 +21,7 @@ ALLOWED = {
     "corpus": {"resources", "arch", "chat"},
     "overlap": {"corpus"},
     "solvers": {"codecs", "stats"},
-    "model": {"arch", "codecs", "files"},
+    "model": {"arch", "chat", "codecs", "files"},
     "forward": {"model", "stats", "corpus"},
     "evaluate": {"forward"},
     "targets": {"model", "arch", "codecs", "files", "solvers", "stats"},

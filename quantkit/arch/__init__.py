@@ -22,9 +22,14 @@ def by_gguf(name: str, get: Get, where: str) -> Architecture:
     return told[0] if told else plain
 
 
+def sharing(name: str) -> tuple[Architecture, ...]:
+    """All families whose `general.architecture` is `name`."""
+    return tuple(a for a in _families() if a.gguf == name)
+
+
 def by_hf(model_type: str, where: str) -> Architecture:
     """The family whose HF `model_type` is `model_type`."""
     return find({a.hf: a for a in _families()}, model_type, where)
 
 
-__all__ = ["Architecture", "by_gguf", "by_hf"]
+__all__ = ["Architecture", "by_gguf", "by_hf", "sharing"]

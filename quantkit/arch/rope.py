@@ -32,6 +32,7 @@ YARN = (
     ("yarn_beta_slow", "beta_slow", float, None),
 )
 KINDS = {"linear": LINEAR, "yarn": YARN}
+FIELDS = {"rope_type": (PREFIX + "type", str), **{hf: (PREFIX + key, number) for key, hf, number, _ in YARN}}
 # Keys that change the result in one of the two programs only, and the values with which they do not.
 INERT = {"yarn_ext_factor": (None, 1.0), "yarn_attn_factor": (None, 1.0), "attn_factor": (None, 1.0)}
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from quantkit.cli.options import CHAT_TEMPLATE, OVERRIDE, SOURCE
 from quantkit.cli.show import bars, err, out, size, variants_table
 from quantkit.convert import Failed, Progress, SourceScored, TensorDone, VariantDone, claim, convert
 from quantkit.corpus import Text, calibration_batch, evaluation_chunks, load_text
@@ -24,7 +25,7 @@ from quantkit.selfcal import self_calibration
 
 
 def command(
-    source: Annotated[Path, typer.Argument(help="A GGUF file or an HF model folder.")],
+    source: Annotated[str, typer.Argument(help=SOURCE)],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder for all outputs.")],
     to: Annotated[list[str] | None, typer.Option(help="A target: fp16, gptq, awq-4bit-64g, Q4_K_M ... (again)")] = None,
     recipe: Annotated[str | None, typer.Option(help="A YAML file, or a name in recipes/; options go over it.")] = None,
@@ -37,6 +38,8 @@ def command(
     eval_chunks: Annotated[int | None, typer.Option(min=1, help="Score the first N chunks only.")] = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Score nothing.")] = False,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:i.")] = None,
+    override: Annotated[list[str] | None, typer.Option(help=OVERRIDE)] = None,
+    chat_template: Annotated[str | None, typer.Option(help=CHAT_TEMPLATE)] = None,
     imatrix: Annotated[str | None, typer.Option(help="GGUF: an importance matrix, in place of calibrating.")] = None,
     output_type: Annotated[str | None, typer.Option(help="GGUF: the type of the output matrix.")] = None,
     token_embedding_type: Annotated[str | None, typer.Option(help="GGUF: the type of the token embedding.")] = None,
@@ -60,6 +63,8 @@ def command(
         "eval_text": eval_text,
         "eval_chunks": eval_chunks,
         "device": device,
+        "override": override or None,
+        "chat_template": chat_template,
         "imatrix": imatrix,
         "output_type": output_type,
         "token_embedding_type": token_embedding_type,
@@ -72,7 +77,7 @@ def command(
     left_out = {"eval_text": no_eval, "calibration": no_calibration}
     settings = settings.model_copy(update={field: None for field, out_of_it in left_out.items() if out_of_it})
     where = device_of(settings.device)
-    model = open_model(source)
+    model = open_model(source, settings.override, settings.chat_template)
     plan = make_plan(model, settings, where)
     if dry_run:
         _show_plan(plan, as_json)

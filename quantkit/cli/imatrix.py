@@ -12,22 +12,25 @@ import typer
 from rich import box
 from rich.table import Table
 
+from quantkit.cli.options import CHAT_TEMPLATE, OVERRIDE
 from quantkit.cli.show import bars, err, out
 from quantkit.corpus import calibration_batch, load_text
 from quantkit.errors import UsageError
 from quantkit.files.imatrix import Imatrix, merge, read_imatrix, spread, write_imatrix
 from quantkit.forward import device_of, network
 from quantkit.importance import measure
-from quantkit.model import open_model
+from quantkit.model import Model, open_model
 
 
 def command(
-    sources: Annotated[list[Path], typer.Argument(help="A model; with --show or --merge, importance matrices.")],
+    sources: Annotated[list[str], typer.Argument(help="A model; with --show or --merge, importance matrices.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The file to write, as GGUF.")] = None,
     text: Annotated[str, typer.Option(help="default, or a file to calibrate on.")] = "default",
     samples: Annotated[int, typer.Option(min=1, help="Calibration rows.")] = 64,
     seqlen: Annotated[int, typer.Option(min=8, help="Tokens to a calibration row.")] = 512,
     seed: Annotated[int, typer.Option(help="Of what is drawn from the text.")] = 0,
+    override: Annotated[list[str] | None, typer.Option(help=OVERRIDE)] = None,
+    chat_template: Annotated[str | None, typer.Option(help=CHAT_TEMPLATE)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.")] = "auto",
     show: Annotated[bool, typer.Option("--show", help="Show what importance matrices hold.")] = False,
     merge_them: Annotated[bool, typer.Option("--merge", help="Add importance matrices up in one.")] = False,
@@ -35,23 +38,23 @@ def command(
 ) -> None:
     """Compute a model's importance matrix for GGUF targets; show and merge those of quantkit and llama.cpp."""
     if show:
-        for path in sources:
+        for path in map(Path, sources):
             _show(path, read_imatrix(path), as_json)
         return
     if output is None:
         raise UsageError("no output file", where="-o", hint="name one, such as -o imatrix.gguf")
     if merge_them:
-        imatrix = merge([read_imatrix(path) for path in sources])
+        imatrix = merge([read_imatrix(Path(path)) for path in sources])
     elif len(sources) == 1:
-        imatrix = _measure(sources[0], text, samples, seqlen, seed, device)
+        imatrix = _measure(open_model(sources[0], override or (), chat_template), text, samples, seqlen, seed, device)
     else:
         raise UsageError(f"{len(sources)} models at once", hint="name one, or pass --merge to add importance matrices")
     write_imatrix(output, imatrix)
     out.print(f"{output}: {_summary(imatrix)}", soft_wrap=True)
 
 
-def _measure(source: Path, name: str, samples: int, seqlen: int, seed: int, device: str) -> Imatrix:
-    where, text, model = device_of(device), load_text(name), open_model(source)
+def _measure(model: Model, name: str, samples: int, seqlen: int, seed: int, device: str) -> Imatrix:
+    where, text = device_of(device), load_text(name)
     rows = calibration_batch(text, model.tokenizer(), samples, seqlen, seed)
     if len(rows) < samples:
         err.print(f"warning: the text {name} gives {len(rows)} of {samples} samples", soft_wrap=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
+from quantkit.cli.options import OVERRIDE, SOURCE
 from quantkit.cli.show import Bars, bars, out
 from quantkit.corpus import evaluation_chunks, load_text
 from quantkit.errors import BadInput
@@ -18,17 +18,18 @@ from quantkit.model import Model, open_model
 
 
 def command(
-    model: Annotated[Path, typer.Argument(help="A GGUF file, or an fp16, GPTQ or AWQ folder.")],
+    model: Annotated[str, typer.Argument(help=SOURCE)],
     text: Annotated[str, typer.Option(help="demo, wikitext2 or a file.")] = "demo",
     ctx: Annotated[int, typer.Option(min=8, help="Tokens to a chunk; the second half is scored.")] = 512,
     chunks: Annotated[int | None, typer.Option(min=1, help="Score the first N chunks.")] = None,
-    reference: Annotated[Path | None, typer.Option(help="A model to measure KL divergence against.")] = None,
+    reference: Annotated[str | None, typer.Option(help="A model to measure KL divergence against.")] = None,
+    override: Annotated[list[str] | None, typer.Option(help=OVERRIDE)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Perplexity as llama.cpp defines it, on weights dequantized block by block."""
     where = device_of(device)
-    scored, other = open_model(model), open_model(reference) if reference else None
+    scored, other = open_model(model, override or ()), open_model(reference) if reference else None
     tokenizer, words = scored.tokenizer(), load_text(text)
     ids = tokenizer.encode(words.plain())
     if other and other.tokenizer().encode(words.plain()[:20000]) != tokenizer.encode(words.plain()[:20000]):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from quantkit import arch as families
+from quantkit.arch.facts import facts_of, stated
 from quantkit.arch.schema import Placed
+from quantkit.chat import ChatTemplate
 from quantkit.codecs.packed import AWQ_PARTS, GPTQ_PARTS, unpack_awq, unpack_gptq
 from quantkit.errors import BadInput, FormatError, Unsupported
 from quantkit.files.safetensors import NAMES, Folder, open_folder
+from quantkit.model.given import stated_config, with_template
 from quantkit.model.record import Model, Ref, transformers_config
 
 TOKENIZER_FILES = (
@@ -25,13 +28,14 @@ TOKENIZER_FILES = (
 )
 
 
-def open_hf_folder(path: Path) -> Model:
+def open_hf_folder(path: Path, overrides: Sequence[str] = (), template: ChatTemplate | None = None) -> Model:
     """The model in a folder with config.json, safetensors and tokenizer.json; see `open_model`."""
     config = _json(path / "config.json")
     arch = families.by_hf(str(config.get("model_type")), where=str(path / "config.json"))
+    facts = stated(overrides, facts_of([arch]))
     known = transformers_config(config, path)
     defaults = known.to_dict() | {name: getattr(known, name) for name in known.attribute_map}  # older names of its keys
-    config = arch.complete(config, defaults, where=str(path / "config.json"))
+    config = stated_config(arch.complete(config, defaults, where=str(path / "config.json")), facts)
     folder = open_folder(path)
     quantization = config.get("quantization_config") or {}
     method = quantization.get("quant_method", "dense")
@@ -42,7 +46,9 @@ def open_hf_folder(path: Path) -> Model:
     files = {n: (path / n).read_text(encoding="utf-8") for n in TOKENIZER_FILES if (path / n).is_file()}
     if "tokenizer.json" not in files:
         raise BadInput("no tokenizer.json in this folder", where=path, hint="save the fast tokenizer beside the model")
-    return Model(path.resolve().name, path, method, arch, config, files, refs)
+    files = with_template(files, template) if template else files
+    name = path.resolve().name
+    return Model(name, path, method, arch, config, files, refs, facts=facts, template=template)
 
 
 def _json(path: Path) -> dict[str, Any]:

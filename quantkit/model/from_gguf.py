@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,19 @@ from torch import Tensor
 from quantkit import arch as families
 from quantkit.arch.schema import Architecture, Placed
 from quantkit.arch.tokenizer import tokenizer_files
+from quantkit.chat import ChatTemplate
 from quantkit.codecs import decode
 from quantkit.errors import BadInput, FormatError, Unsupported
 from quantkit.files.gguf import GGUF, TensorInfo, read_gguf
+from quantkit.model.given import laid_over
 from quantkit.model.record import Model, Ref
 
 _TYPE_SUFFIX = re.compile(r"[-._](?:I?Q\d\w*|TQ\d\w*|MXFP4|[BF]+16|F32|fp16|fp32|f16)$", re.IGNORECASE)
 
 
-def open_gguf(path: Path) -> Model:
+def open_gguf(path: Path, overrides: Sequence[str] = (), template: ChatTemplate | None = None) -> Model:
     """The model in a GGUF, by its own name or that of any shard of its set; see `open_model`."""
-    gguf = read_gguf(path)
+    gguf, facts = laid_over(read_gguf(path), overrides, template)
     shapes = {n: t.shape for n, t in gguf.tensors.items()}
     arch = families.by_gguf(str(gguf.get("general.architecture")), gguf.get, where=str(path))
     config = arch.config_from_gguf(gguf.get, shapes, lambda name: _decoded(gguf, name))
@@ -35,7 +37,8 @@ def open_gguf(path: Path) -> Model:
     tensors = _match(arch, config, shapes, str(path))
     refs = {p.hf: _gguf_ref(gguf, gguf.tensors[p.gguf], p, config) for p in tensors}
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
-    return Model(_TYPE_SUFFIX.sub("", stem), path, "gguf", arch, config, files, refs, gguf)
+    name = _TYPE_SUFFIX.sub("", stem)
+    return Model(name, path, "gguf", arch, config, files, refs, gguf, facts=facts, template=template)
 
 
 _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from quantkit.arch.schema import Architecture, Placed
 from quantkit.arch.tokenizer import Tokenizer, load_tokenizer
+from quantkit.chat import ChatTemplate
 from quantkit.errors import BadInput
 from quantkit.files.gguf import GGUF
+from quantkit.model.hub import Pulled
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class Model:
     files: dict[str, str]
     tensors: dict[str, Ref]
     gguf: GGUF | None = None
+    hub: Pulled | None = None  # where on the Hub it is from
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what the user stated over the source, by HF key
+    template: ChatTemplate | None = None  # the chat template that was given over the source's own
 
     @property
     def parameters(self) -> int:
