@@ -20,6 +20,7 @@ from test_families import CTX, EXPERTS, IDS, agree, ours, theirs
 from toy import FAMILIES, toy_model, write_toy
 from transformers import AutoModelForCausalLM
 
+from quantkit.errors import BadInput
 from quantkit.files.gguf import read_gguf
 from quantkit.model import open_model
 
@@ -130,6 +131,43 @@ def test_experts_go_round_and_are_not_packed(families, name, tmp_path):
     for target in ("gptq", "awq"):
         code, _, stderr = quantkit("convert", source, "-o", tmp_path / target, "--to", target, "--no-eval")
         assert code == 2 and "mixtures of experts are not packed" in stderr
+
+
+@pytest.fixture(scope="module")
+def unstacked(families, tmp_path_factory) -> Path:
+    """The Mixtral toy as files of 2023 hold it: a tensor for every expert, `blk.0.ffn_gate.3.weight`."""
+    path = tmp_path_factory.mktemp("old") / "mixtral.gguf"
+    source, w = gguf.GGUFReader(families / "mixtral.gguf"), gguf.GGUFWriter(path, "llama")
+    for f in source.fields.values():
+        if not f.name.startswith("GGUF.") and f.name != "general.architecture":
+            w.add_key_value(f.name, f.contents(), f.types[0], f.types[-1])
+    for t in source.tensors:
+        stack = t.name.endswith("_exps.weight")
+        parts = enumerate(t.data) if stack else [(None, t.data)]
+        for e, data in parts:
+            w.add_tensor(t.name if e is None else t.name.replace("_exps", f".{e}"), np.ascontiguousarray(data))
+    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
+    return path
+
+
+def test_experts_of_old_files_are_read_as_stacks(families, unstacked, tmp_path):
+    """llama.cpp no longer opens such a file: the stacked toy, which it opens, is the oracle."""
+    with pytest.raises(ValueError, match="does not open"):
+        Oracle(unstacked)
+    old, new = open_model(unstacked), open_model(families / "mixtral.gguf")
+    assert (old.config, old.tensors.keys()) == (new.config, new.tensors.keys())
+    assert all(torch.equal(ref.read(), new.tensors[name].read()) for name, ref in old.tensors.items())
+    agree(theirs(families / "mixtral.gguf"), ours(unstacked))
+    same_tensors(converted(unstacked, tmp_path / "copied", "F32"), families / "mixtral.gguf")
+    made = [converted(p, tmp_path / n, "Q8_0", "--no-calibration") for p, n in ((unstacked, "a"), (new.path, "b"))]
+    same_tensors(*made)
+
+
+def test_old_files_that_lack_an_expert_are_refused(unstacked, tmp_path):
+    lacking = tmp_path / "lacking.gguf"
+    lacking.write_bytes(unstacked.read_bytes().replace(b"blk.1.ffn_up.2.weight", b"blk.9.ffn_up.2.weight"))
+    with pytest.raises(BadInput, match=r"blk\.1\.ffn_up\.2\.weight is missing"):
+        open_model(lacking)
 
 
 @pytest.mark.parametrize(

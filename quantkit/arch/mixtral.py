@@ -2,7 +2,7 @@
 
 A GGUF stacks the experts of a layer in one tensor, a folder holds each by itself, and transformers' module has gate and
 up of all experts in one parameter. Facts from llama.cpp `conversion/llama.py`, `src/models/llama.cpp` and transformers
-`models/mixtral`, `conversion_mapping.py`. Leaves out the GGUFs of 2023 that hold one tensor an expert.
+`models/mixtral`, `conversion_mapping.py`. GGUFs of 2023 that hold one tensor an expert are stacked on opening.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ import mmap
 import os
 import re
 import stat
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ Stamp = tuple[int, int, int]  # inode, size in bytes, time of the last change in
 class GGUF:
     """One model: `paths` are its shards in order, `tensors` are in file order, `metadata` is the first shard's.
 
-    The split.* keys describe the files, not the model, and are left out of `metadata`.
+    The split.* keys describe the files, not the model, and are left out of `metadata`. A tensor may be a stack of
+    others that the file holds one by one: `stacks` says of which.
     """
 
     paths: tuple[Path, ...]
@@ -48,6 +50,7 @@ class GGUF:
     metadata: dict[str, Value]
     tensors: dict[str, TensorInfo]
     stamps: tuple[Stamp, ...]
+    stacks: Mapping[str, tuple[TensorInfo, ...]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +68,18 @@ class GGUF:
         A little-endian file is mapped, not copied; writing into the result changes neither the file nor other results.
         Raises KeyError for an unknown name, BadInput where the file changed or went away since.
         """
+        if name in self.stacks:
+            return torch.cat([self._stored(part) for part in self.stacks[name]])
+        return self._stored(self.tensors[name])
+
+    def raw_matrix(self, name: str, index: int) -> Tensor:
+        """The stored bytes of one matrix of a stack, as `raw` gives them."""
+        if name in self.stacks:
+            return self._stored(self.stacks[name][index])
         info = self.tensors[name]
+        return self._stored(info).view(info.shape[0], -1)[index]
+
+    def _stored(self, info: TensorInfo) -> Tensor:
         path = self.paths[info.shard]
         start = info.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         skip = info.offset - start
@@ -76,7 +90,7 @@ class GGUF:
                 view = mmap.mmap(file.fileno(), skip + info.nbytes, access=mmap.ACCESS_COPY, offset=start)
         except OSError as e:
             hint = "leave the file in place while it is in use"
-            raise BadInput(f"tensor {name} cannot be read: {e.strerror or e}", where=path, hint=hint) from None
+            raise BadInput(f"tensor {info.name} cannot be read: {e.strerror or e}", where=path, hint=hint) from None
         raw = torch.frombuffer(view, dtype=torch.uint8, count=info.nbytes, offset=skip)
         return raw if self.byteorder == "little" else codecs.lookup(info.type).byteswap(raw)
 
@@ -95,6 +109,27 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUF:
     shards = [opened if sibling == path else _open_header(sibling) for sibling in paths]
     _check_split(paths, [header for header, _ in shards])
     return _assemble(paths, shards)
+
+
+def stacked(gguf: GGUF, stacks: Mapping[str, Sequence[str]]) -> GGUF:
+    """The GGUF with new tensors, each a stack of old ones in their place; FormatError where these are not alike."""
+    made: dict[str, tuple[TensorInfo, ...]] = {}
+    first: dict[str, str] = {}
+    for name, parts in stacks.items():
+        infos = tuple(gguf.tensors[part] for part in parts)
+        if odd := [i for i in infos if (i.shape, i.type) != (infos[0].shape, infos[0].type)]:
+            what = f"the tensor {odd[0].name} is {odd[0].type} {odd[0].shape}, and {parts[0]} is not"
+            raise FormatError(what, where=gguf.paths[0], hint="the experts of a layer must be alike")
+        made[name], first[parts[0]] = infos, name
+    gone = {part for parts in stacks.values() for part in parts}
+    tensors = {}
+    for old, info in gguf.tensors.items():
+        if old in first:
+            name, count = first[old], len(made[first[old]])
+            tensors[name] = replace(info, name=name, shape=(count, *info.shape), nbytes=count * info.nbytes)
+        elif old not in gone:
+            tensors[old] = info
+    return replace(gguf, tensors=tensors, stacks=made)
 
 
 def _open_header(path: Path) -> tuple[Header, Stamp]:

@@ -16,16 +16,17 @@ from quantkit.arch.tokenizer import tokenizer_files
 from quantkit.chat import ChatTemplate
 from quantkit.codecs import decode
 from quantkit.errors import BadInput, FormatError, Unsupported
-from quantkit.files.gguf import GGUF, TensorInfo, read_gguf
+from quantkit.files.gguf import GGUF, TensorInfo, read_gguf, stacked
 from quantkit.model.given import laid_over
 from quantkit.model.record import Model, Ref
 
+EXPERT = re.compile(r"(blk\.\d+\.ffn_(?:gate|down|up))\.(\d+)\.weight", re.ASCII)
 _TYPE_SUFFIX = re.compile(r"[-._](?:I?Q\d\w*|TQ\d\w*|MXFP4|[BF]+16|F32|fp16|fp32|f16)$", re.IGNORECASE)
 
 
 def open_gguf(path: Path, overrides: Sequence[str] = (), template: ChatTemplate | None = None) -> Model:
     """The model in a GGUF, by its own name or that of any shard of its set; see `open_model`."""
-    gguf, facts = laid_over(read_gguf(path), overrides, template)
+    gguf, facts = laid_over(_with_stacks(read_gguf(path)), overrides, template)
     shapes = {n: t.shape for n, t in gguf.tensors.items()}
     arch = families.by_gguf(str(gguf.get("general.architecture")), gguf.get, where=str(path))
     config = arch.config_from_gguf(gguf.get, shapes, lambda name: _decoded(gguf, name))
@@ -44,14 +45,25 @@ def open_gguf(path: Path, overrides: Sequence[str] = (), template: ChatTemplate 
 _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding"}
 
 
+def _with_stacks(gguf: GGUF) -> GGUF:
+    """The experts that a GGUF of 2023 holds one by one as the stacks of today (llama.cpp pull request 6387)."""
+    experts: dict[str, dict[int, str]] = {}
+    for name in gguf.tensors:
+        if match := EXPERT.fullmatch(name):
+            experts.setdefault(f"{match[1]}_exps.weight", {})[int(match[2])] = name
+    for parts in experts.values():
+        if missing := set(range(len(parts))) - parts.keys():
+            name = EXPERT.sub(rf"\g<1>.{min(missing)}.weight", next(iter(parts.values())))
+            raise BadInput(f"the tensor {name} is missing", where=gguf.paths[0], hint="get the file again")
+    return stacked(gguf, {name: [parts[e] for e in range(len(parts))] for name, parts in experts.items()})
+
+
 def _match(
     arch: Architecture, config: Mapping[str, Any], found: Mapping[str, tuple[int, ...]], where: str
 ) -> list[Placed]:
     """Hold what a GGUF holds against what its architecture says it must hold."""
     expected = list(arch.weights(config))
     for p in expected:
-        if p.expert is not None and p.gguf.replace("_exps", f".{p.expert}") in found:
-            raise Unsupported("one tensor an expert is not read", where=where, hint="convert the model again")
         if p.gguf not in found:
             raise BadInput(f"the tensor {p.gguf} is missing", where=where, hint="the file is incomplete; get it again")
         wanted = p.shape if p.weight.experts is None else (config[p.weight.experts], *p.shape)
@@ -72,11 +84,12 @@ def _match(
 
 
 def _gguf_ref(gguf: GGUF, info: TensorInfo, placed: Placed, config: Mapping[str, Any]) -> Ref:
-    nbytes = info.nbytes if placed.expert is None else info.nbytes // info.shape[0]
-    start = nbytes * (placed.expert or 0)
+    expert = placed.expert
+    nbytes = info.nbytes if expert is None else info.nbytes // info.shape[0]
 
     def read() -> Tensor:
-        weight = decode(info.type, gguf.raw(info.name)[start : start + nbytes], placed.shape)
+        raw = gguf.raw(info.name) if expert is None else gguf.raw_matrix(info.name, expert)
+        weight = decode(info.type, raw, placed.shape)
         return placed.weight.layout.to_hf(weight, config) if placed.weight.layout else weight
 
     return Ref(placed, info.type, nbytes, read)
