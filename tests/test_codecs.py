@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from quantkit import codecs
 from quantkit.codecs import CODECS, bits, decode, decode_torch, encode, ggml, lookup
+from quantkit.codecs.parts import Parts
 from quantkit.errors import BadInput, FormatError, Unsupported, UsageError
 
 BLOCKS = [name for name, codec in CODECS.items() if codec.block > 1]
@@ -249,3 +250,40 @@ def test_without_libggml_torch_does_what_it_can(monkeypatch):
     assert torch.equal(decode("IQ3_S", expected["IQ3_S"], x.shape), values["IQ3_S"])
     with pytest.raises(BadInput, match=r"libggml is not installed.*pip install libggml-python"):
         encode("IQ3_S", x)
+
+
+LADDERS = [name for name, codec in CODECS.items() if codec.ladder]
+
+
+@pytest.mark.parametrize("name", LADDERS)
+def test_parts_put_together_are_the_bytes_they_were_taken_from(name):
+    """Random bytes, but for scales that are no numbers, whose payload does not matter."""
+    codec = lookup(name)
+    raw = torch.randint(0, 256, (900, codec.nbytes), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    fields = codec.split(raw)
+    number = torch.stack([fields[f].float().isfinite().all(1) for f in ("d", "dmin", "m") if f in fields]).all(0)
+    fields = {f: value[number] for f, value in fields.items()}
+    parts = codec.ladder.read(**fields)
+    assert torch.equal(codec.join(codec.ladder.write(parts)), raw[number])
+
+
+@pytest.mark.parametrize("name", LADDERS)
+def test_any_parts_in_range_are_written_and_read_as_they_are(name):
+    """Every code and integer, from the least to the largest, in struct and in value."""
+    codec, ladder = lookup(name), lookup(name).ladder
+    generator = torch.Generator().manual_seed(4)
+    was = ladder.read(**codec.split(encode(name, torch.randn(64, codec.block, generator=generator))))
+
+    def drawn(like, bounds):
+        low, high = bounds
+        return None if like is None else torch.randint(low, high + 1, like.shape, generator=generator).to(like)
+
+    codes = drawn(was.codes, (0, len(ladder.levels) - 1))
+    parts = Parts(codes, was.d, drawn(was.scales, ladder.scales), was.dmin, drawn(was.mins, ladder.mins))
+    raw = codec.join(ladder.write(parts))
+    again = ladder.read(**codec.split(raw))
+    for field in ("codes", "d", "scales", "dmin", "mins"):
+        one, other = getattr(parts, field), getattr(again, field)
+        assert one is other is None or torch.equal(one, other), field
+    assert same_bits(ladder.values(parts), ggml.decode(codec, raw).view(64, -1))
+    assert torch.equal(ladder.nearest(torch.tensor(ladder.levels)), torch.arange(len(ladder.levels)).to(torch.uint8))

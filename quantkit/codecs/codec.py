@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.codecs.parts import Ladder, Parts
+
 Field = tuple[str, torch.dtype, int]  # name as in ggml-common.h, element type, count
 
 
@@ -22,6 +24,7 @@ class Codec:
     `fields` is the C struct in order (llama.cpp `ggml/src/ggml-common.h`). `decode(**fields)` maps tensors of shape
     (n, count) to (n, block) float32. `encode(x, importance)` maps x (rows, width) float32 and importance (width,)
     float32 or None to a dict of fields for the rows * width / block blocks in order; it is None where only libggml can.
+    `ladder` takes blocks apart and puts them together where each weight has a code of its own.
     """
 
     name: str
@@ -30,6 +33,26 @@ class Codec:
     decode: Callable[..., Tensor]
     encode: Callable[[Tensor, Tensor | None], dict[str, Tensor]] | None = None
     requires_importance: bool = False  # ggml refuses to encode it without
+    ladder: Ladder | None = None
+
+    @classmethod
+    def of_ladder(
+        cls,
+        name: str,
+        block: int,
+        fields: tuple[Field, ...],
+        ladder: Ladder,
+        encode: Callable[[Tensor, Tensor | None], Parts],
+    ) -> Codec:
+        """A type whose blocks decode as their parts say, and whose encoder gives parts."""
+        return cls(
+            name,
+            block,
+            fields,
+            decode=lambda **struct: ladder.values(ladder.read(**struct)),
+            encode=lambda x, importance: ladder.write(encode(x, importance)),
+            ladder=ladder,
+        )
 
     @property
     def nbytes(self) -> int:

@@ -20,9 +20,10 @@ import gguf
 import torch
 from torch import Tensor
 
-from quantkit.codecs.bits import unpack
+from quantkit.codecs.bits import pack, unpack
 from quantkit.codecs.codec import Codec
-from quantkit.codecs.iquants_encode import iq4_nl, iq4_xs, levels_on
+from quantkit.codecs.iquants_encode import LEVELS, iq4_nl, iq4_xs
+from quantkit.codecs.parts import Fields, Ladder, Parts
 
 BLOCK = 256  # QK_K
 BLOCK_NL = 32  # QK4_NL
@@ -128,24 +129,35 @@ def _iq1_m(qs: Tensor, qh: Tensor, scales: Tensor) -> Tensor:
     return _scaled(d * (2 * sc + 1), _points("IQ1_M", qs.int() | (high & 7) << 8) + shift[..., None])
 
 
-def _levels(qs: Tensor) -> Tensor:
-    return levels_on(qs.device)[unpack(qs, 4, run=16).long()]
+def _read_iq4_nl(d: Tensor, qs: Tensor) -> Parts:
+    d = d.float()
+    return Parts(unpack(qs, 4, run=16), d, torch.ones_like(d))
 
 
-def _iq4_nl(d: Tensor, qs: Tensor) -> Tensor:
-    return d.float() * _levels(qs)
+def _write_iq4_nl(parts: Parts) -> Fields:
+    return {"d": parts.d.half(), "qs": pack(parts.codes, 4, run=16)}
 
 
-def _iq4_xs(d: Tensor, scales_h: Tensor, scales_l: Tensor, qs: Tensor) -> Tensor:
+def _read_iq4_xs(d: Tensor, scales_h: Tensor, scales_l: Tensor, qs: Tensor) -> Parts:
     # Scale j of eight: its low four bits are nibble j of scales_l, its high two are bits 2j and 2j + 1 of scales_h.
-    high = unpack(scales_h.view(torch.uint8), 2, run=1)
-    sc = (unpack(scales_l, 4, run=1) | high << 4).float() - 32
-    return _scaled(d.float() * sc, _levels(qs))
+    sc = unpack(scales_l, 4, run=1) | unpack(scales_h.view(torch.uint8), 2, run=1) << 4
+    return Parts(unpack(qs, 4, run=16), d.float(), sc.float() - 32)
+
+
+def _write_iq4_xs(parts: Parts) -> Fields:
+    stored = (parts.scales + 32).to(torch.uint8)
+    return _write_iq4_nl(parts) | {
+        "scales_h": pack(stored >> 4, 2, run=1).view(torch.uint16),
+        "scales_l": pack(stored & 15, 4, run=1),
+    }
 
 
 _D = ("d", torch.float16, 1)
 _SCALES = ("scales", torch.uint8, 8)
 _QS16 = ("qs", torch.uint16, 32)
+
+_IQ4_NL = Ladder(_read_iq4_nl, _write_iq4_nl, LEVELS)
+_IQ4_XS = Ladder(_read_iq4_xs, _write_iq4_xs, LEVELS, (-32, 31))
 
 CODECS = (
     Codec("IQ1_S", BLOCK, (_D, ("qs", torch.uint8, 32), ("qh", torch.uint16, 8)), _iq1_s, None, True),
@@ -160,12 +172,12 @@ CODECS = (
         (_D, ("qs", torch.uint8, 64), ("qh", torch.uint8, 8), ("signs", torch.uint8, 32), ("scales", torch.uint8, 4)),
         _iq3_s,
     ),
-    Codec("IQ4_NL", BLOCK_NL, (_D, ("qs", torch.uint8, 16)), _iq4_nl, iq4_nl),
-    Codec(
+    Codec.of_ladder("IQ4_NL", BLOCK_NL, (_D, ("qs", torch.uint8, 16)), _IQ4_NL, iq4_nl),
+    Codec.of_ladder(
         "IQ4_XS",
         BLOCK,
         (_D, ("scales_h", torch.uint16, 1), ("scales_l", torch.uint8, 4), ("qs", torch.uint8, 128)),
-        _iq4_xs,
+        _IQ4_XS,
         iq4_xs,
     ),
 )

@@ -10,15 +10,16 @@ import gguf
 import torch
 from torch import Tensor
 
-from quantkit.codecs.bits import pack
+from quantkit.codecs.parts import Parts
 from quantkit.codecs.search import TINY, farthest, quotient, reciprocal, root, rounded, total
 
 SUB = 32  # weights under one scale, in both types
+LEVELS = tuple(map(float, gguf.quants.IQ4_NL.kvalues))
 
 
 def levels_on(device: torch.device) -> Tensor:
     """The sixteen levels, rising from -127 to 113 (`kvalues_iq4nl`), float32."""
-    return torch.tensor(gguf.quants.IQ4_NL.kvalues, dtype=torch.float32, device=device)
+    return torch.tensor(LEVELS, device=device)
 
 
 def _nearest(x: Tensor, levels: Tensor) -> Tensor:
@@ -62,27 +63,22 @@ def _weights(x: Tensor, importance: Tensor | None, rows: int) -> Tensor:
     return _lanes(importance.expand(rows, -1), block) * root(sigma2 + squares)
 
 
-def _qs(codes: Tensor) -> Tensor:
-    return pack(codes.to(torch.uint8).permute(2, 1, 0).flatten(1), 4, run=16)
+def _codes(codes: Tensor) -> Tensor:
+    return codes.to(torch.uint8).permute(2, 1, 0).flatten(1)
 
 
-def iq4_nl(x: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
+def iq4_nl(x: Tensor, importance: Tensor | None) -> Parts:
     """Blocks of 32 under one fp16 scale."""
     rows, x, levels = len(x), _lanes(x, SUB), levels_on(x.device)
     d = _scales(x, _weights(x, importance, rows), levels)
-    return {"d": d.half().view(-1, 1), "qs": _qs(_nearest(reciprocal(d) * x, levels))}
+    stored = d.half().float().view(-1, 1)
+    return Parts(_codes(_nearest(reciprocal(d) * x, levels)), stored, torch.ones_like(stored))
 
 
-def iq4_xs(x: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
-    """Blocks of 256: eight scales of 6 bits, stored with 32 added, under one fp16 scale."""
+def iq4_xs(x: Tensor, importance: Tensor | None) -> Parts:
+    """Blocks of 256: eight scales of 6 bits under one fp16 scale."""
     rows, x, levels = len(x), _lanes(x, 256), levels_on(x.device)
     scales = _scales(x, _weights(x, importance, rows), levels)
     d = farthest(scales) / -32
     sc = rounded(reciprocal(d) * scales, -32, 31)
-    stored = (sc + 32).T.to(torch.uint8)
-    return {
-        "d": d.half()[:, None],
-        "scales_h": pack(stored >> 4, 2, run=1).view(torch.uint16),
-        "scales_l": pack(stored & 15, 4, run=1),
-        "qs": _qs(_nearest(reciprocal(d * sc) * x, levels)),
-    }
+    return Parts(_codes(_nearest(reciprocal(d * sc) * x, levels)), d.half().float()[:, None], sc.T)

@@ -10,64 +10,115 @@ the products, which decides the last bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from quantkit.codecs.bits import unpack, unpack_scale_min_k4, unpack_scales_q3
-from quantkit.codecs.codec import Codec
+from quantkit.codecs.bits import (
+    pack,
+    pack_scale_min_k4,
+    pack_scales_q3,
+    unpack,
+    unpack_scale_min_k4,
+    unpack_scales_q3,
+)
+from quantkit.codecs.codec import Codec, Field
 from quantkit.codecs.kquants_encode import q2_k, q3_k, q4_k, q5_k, q6_k
+from quantkit.codecs.parts import Fields, Ladder, Parts, whole
 
 BLOCK = 256  # QK_K in ggml-common.h
 
 
-def _times(q: Tensor, scale: Tensor) -> Tensor:
-    """Multiply q (n, 256) by one scale a sub-block: (n, 8) or (n, 16)."""
-    return (q.view(*scale.shape, -1) * scale[..., None]).flatten(1)
+def _codec(
+    name: str, fields: tuple[Field, ...], ladder: Ladder, encode: Callable[[Tensor, Tensor | None], Parts]
+) -> Codec:
+    return Codec.of_ladder(name, BLOCK, fields, ladder, encode)
 
 
-def _minus(values: Tensor, minimum: Tensor) -> Tensor:
-    """Take one minimum a sub-block, (n, 8) or (n, 16), from values (n, 256)."""
-    return (values.view(*minimum.shape, -1) - minimum[..., None]).flatten(1)
+def _read_q2_k(scales: Tensor, qs: Tensor, d: Tensor, dmin: Tensor) -> Parts:
+    sc, mn = (scales & 15).float(), (scales >> 4).float()
+    return Parts(unpack(qs, 2, run=32), d.float(), sc, dmin.float(), mn)
 
 
-def _q2_k(scales: Tensor, qs: Tensor, d: Tensor, dmin: Tensor) -> Tensor:
-    q = unpack(qs, 2, run=32).float()
-    return _minus(_times(q, d.float() * (scales & 15)), dmin.float() * (scales >> 4))
+def _write_q2_k(parts: Parts) -> Fields:
+    return _supers(parts) | {"scales": _byte(parts.scales) | _byte(parts.mins) << 4, "qs": pack(parts.codes, 2, run=32)}
 
 
-def _q3_k(hmask: Tensor, qs: Tensor, scales: Tensor, d: Tensor) -> Tensor:
+def _read_q3_k(hmask: Tensor, qs: Tensor, scales: Tensor, d: Tensor) -> Parts:
     # A set bit in hmask means "do not subtract 4": the third bit of q + 4.
-    q = (unpack(qs, 2, run=32) | unpack(hmask, 1, run=32) << 2).float() - 4
-    return _times(q, d.float() * (unpack_scales_q3(scales).float() - 32))
+    codes = unpack(qs, 2, run=32) | unpack(hmask, 1, run=32) << 2
+    return Parts(codes, d.float(), unpack_scales_q3(scales).float() - 32)
 
 
-def _q4_k(d: Tensor, dmin: Tensor, scales: Tensor, qs: Tensor) -> Tensor:
+def _write_q3_k(parts: Parts) -> Fields:
+    return {
+        "hmask": pack(parts.codes >> 2, 1, run=32),
+        "qs": pack(parts.codes & 3, 2, run=32),
+        "scales": pack_scales_q3(_byte(parts.scales + 32)),
+        "d": parts.d.half(),
+    }
+
+
+def _read_q4_k(d: Tensor, dmin: Tensor, scales: Tensor, qs: Tensor) -> Parts:
     sc, mn = unpack_scale_min_k4(scales)
-    q = unpack(qs, 4, run=32).float()
-    return _minus(_times(q, d.float() * sc), dmin.float() * mn)
+    return Parts(unpack(qs, 4, run=32), d.float(), sc.float(), dmin.float(), mn.float())
 
 
-def _q5_k(d: Tensor, dmin: Tensor, scales: Tensor, qh: Tensor, qs: Tensor) -> Tensor:
+def _write_q4_k(parts: Parts) -> Fields:
+    return _supers(parts) | {
+        "scales": pack_scale_min_k4(_byte(parts.scales), _byte(parts.mins)),
+        "qs": pack(parts.codes & 15, 4, run=32),
+    }
+
+
+def _read_q5_k(d: Tensor, dmin: Tensor, scales: Tensor, qh: Tensor, qs: Tensor) -> Parts:
     sc, mn = unpack_scale_min_k4(scales)
-    q = (unpack(qs, 4, run=32) | unpack(qh, 1, run=32) << 4).float()
-    return _minus(_times(q, d.float() * sc), dmin.float() * mn)
+    codes = unpack(qs, 4, run=32) | unpack(qh, 1, run=32) << 4
+    return Parts(codes, d.float(), sc.float(), dmin.float(), mn.float())
 
 
-def _q6_k(ql: Tensor, qh: Tensor, scales: Tensor, d: Tensor) -> Tensor:
-    q = (unpack(ql, 4, run=64) | unpack(qh, 2, run=32) << 4).float() - 32
-    return _times(q, d.float() * scales)
+def _write_q5_k(parts: Parts) -> Fields:
+    return _write_q4_k(parts) | {"qh": pack(parts.codes >> 4, 1, run=32)}
+
+
+def _read_q6_k(ql: Tensor, qh: Tensor, scales: Tensor, d: Tensor) -> Parts:
+    return Parts(unpack(ql, 4, run=64) | unpack(qh, 2, run=32) << 4, d.float(), scales.float())
+
+
+def _write_q6_k(parts: Parts) -> Fields:
+    return {
+        "ql": pack(parts.codes & 15, 4, run=64),
+        "qh": pack(parts.codes >> 4, 2, run=32),
+        "scales": parts.scales.to(torch.int8),
+        "d": parts.d.half(),
+    }
+
+
+def _supers(parts: Parts) -> Fields:
+    assert parts.dmin is not None
+    return {"d": parts.d.half(), "dmin": parts.dmin.half()}
+
+
+def _byte(whole_numbers: Tensor | None) -> Tensor:
+    assert whole_numbers is not None
+    return whole_numbers.to(torch.uint8)
 
 
 _D = ("d", torch.float16, 1)
 _DMIN = ("dmin", torch.float16, 1)
 _K_SCALES = ("scales", torch.uint8, 12)  # K_SCALE_SIZE
 
+_Q2_K = Ladder(_read_q2_k, _write_q2_k, whole(0, 2), (0, 15), (0, 15))
+_Q3_K = Ladder(_read_q3_k, _write_q3_k, whole(-4, 3), (-32, 31))
+_Q4_K = Ladder(_read_q4_k, _write_q4_k, whole(0, 4), (0, 63), (0, 63))
+_Q5_K = Ladder(_read_q5_k, _write_q5_k, whole(0, 5), (0, 63), (0, 63))
+_Q6_K = Ladder(_read_q6_k, _write_q6_k, whole(-32, 6), (-128, 127))
+
 CODECS = (
-    Codec("Q2_K", BLOCK, (("scales", torch.uint8, 16), ("qs", torch.uint8, 64), _D, _DMIN), _q2_k, q2_k),
-    Codec("Q3_K", BLOCK, (("hmask", torch.uint8, 32), ("qs", torch.uint8, 64), _K_SCALES, _D), _q3_k, q3_k),
-    Codec("Q4_K", BLOCK, (_D, _DMIN, _K_SCALES, ("qs", torch.uint8, 128)), _q4_k, q4_k),
-    Codec("Q5_K", BLOCK, (_D, _DMIN, _K_SCALES, ("qh", torch.uint8, 32), ("qs", torch.uint8, 128)), _q5_k, q5_k),
-    Codec(
-        "Q6_K", BLOCK, (("ql", torch.uint8, 128), ("qh", torch.uint8, 64), ("scales", torch.int8, 16), _D), _q6_k, q6_k
-    ),
+    _codec("Q2_K", (("scales", torch.uint8, 16), ("qs", torch.uint8, 64), _D, _DMIN), _Q2_K, q2_k),
+    _codec("Q3_K", (("hmask", torch.uint8, 32), ("qs", torch.uint8, 64), _K_SCALES, _D), _Q3_K, q3_k),
+    _codec("Q4_K", (_D, _DMIN, _K_SCALES, ("qs", torch.uint8, 128)), _Q4_K, q4_k),
+    _codec("Q5_K", (_D, _DMIN, _K_SCALES, ("qh", torch.uint8, 32), ("qs", torch.uint8, 128)), _Q5_K, q5_k),
+    _codec("Q6_K", (("ql", torch.uint8, 128), ("qh", torch.uint8, 64), ("scales", torch.int8, 16), _D), _Q6_K, q6_k),
 )

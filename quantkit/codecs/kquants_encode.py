@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.codecs.bits import pack, pack_scale_min_k4, pack_scales_q3, unpack_scale_min_k4
+from quantkit.codecs.bits import pack_scale_min_k4, unpack_scale_min_k4
+from quantkit.codecs.parts import Parts
 from quantkit.codecs.search import (
     TINY,
     descend,
@@ -97,8 +98,8 @@ _Q4_K = _Affine(4, 32, 63, -1.0, 20, 63, 255, pack_scale_min_k4, unpack_scale_mi
 _Q5_K = _Affine(5, 32, 63, -0.5, 15, 63, 63, pack_scale_min_k4, unpack_scale_min_k4)
 
 
-def _encode_affine(kind: _Affine, x: Tensor, importance: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
-    """The common course of Q2_K, Q4_K and Q5_K: the fields `d`, `dmin` and `scales`, and the codes (n, 256) uint8."""
+def _encode_affine(kind: _Affine, x: Tensor, importance: Tensor | None) -> Parts:
+    """The common course of Q2_K, Q4_K and Q5_K."""
     nmax, rows, x = (1 << kind.bits) - 1, len(x), _lanes(x, kind.sub)
     if importance is not None:
         sigma2 = _mean_square(x) * (1 if kind.bits == 2 else 2)
@@ -112,33 +113,29 @@ def _encode_affine(kind: _Affine, x: Tensor, importance: Tensor | None) -> tuple
         scales, low, codes = search_affine(x, w, nmax, kind.first, 0.1, kind.count, absolute=kind.bits == 2)
         (d, sc), (dmin, mn) = (_by_largest(v, kind.scale_max) for v in (scales, -low))
         cap = kind.cap
-    d, dmin = d.half()[:, None], dmin.half()[:, None]
-    packed = kind.pack(*(v.clamp(max=cap).T.to(torch.uint8) for v in (sc, mn)))
-    sc, mn = kind.unpack(packed)
-    codes = _rounded_again(x + (dmin.float() * mn).T, (d.float() * sc).T, codes, 0, nmax)
-    return {"d": d, "dmin": dmin, "scales": packed}, _flat(codes)
+    d, dmin = d.half().float()[:, None], dmin.half().float()[:, None]
+    sc, mn = (v.float() for v in kind.unpack(kind.pack(*(v.clamp(max=cap).T.to(torch.uint8) for v in (sc, mn)))))
+    codes = _rounded_again(x + (dmin * mn).T, (d * sc).T, codes, 0, nmax)
+    return Parts(_flat(codes), d, sc, dmin, mn)
 
 
-def q2_k(x: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
+def q2_k(x: Tensor, importance: Tensor | None) -> Parts:
     """16 sub-blocks of 16, scales and minima of 4 bits."""
-    fields, q = _encode_affine(_Q2_K, x, importance)
-    return fields | {"qs": pack(q, 2, run=32)}
+    return _encode_affine(_Q2_K, x, importance)
 
 
-def q4_k(x: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
+def q4_k(x: Tensor, importance: Tensor | None) -> Parts:
     """8 sub-blocks of 32, scales and minima of 6 bits."""
-    fields, q = _encode_affine(_Q4_K, x, importance)
-    return fields | {"qs": pack(q, 4, run=32)}
+    return _encode_affine(_Q4_K, x, importance)
 
 
-def q5_k(x: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
-    """As Q4_K, with the fifth bits of the codes in qh."""
-    fields, q = _encode_affine(_Q5_K, x, importance)
-    return fields | {"qs": pack(q & 15, 4, run=32), "qh": pack(q >> 4, 1, run=32)}
+def q5_k(x: Tensor, importance: Tensor | None) -> Parts:
+    """As Q4_K, with codes of 5 bits."""
+    return _encode_affine(_Q5_K, x, importance)
 
 
-def q3_k(x: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
-    """16 sub-blocks of 16, signed scales of 6 bits stored with 32 added, codes stored with 4 added."""
+def q3_k(x: Tensor, importance: Tensor | None) -> Parts:
+    """16 sub-blocks of 16, signed scales of 6 bits stored codes of 3."""
     rows, x = len(x), _lanes(x, 16)
     if importance is None:
         peak = farthest(x)
@@ -155,16 +152,11 @@ def q3_k(x: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
         scales, codes = search_symmetric(x, w, 4)
         d, sc = search_symmetric(scales, total(w), 32)
         d = d.half()
-    q = _flat(_rounded_again(x, d.float() * (sc - 32), codes, -4, 3))
-    return {
-        "hmask": pack(q >> 2, 1, run=32),
-        "qs": pack(q & 3, 2, run=32),
-        "scales": pack_scales_q3(sc.T.to(torch.uint8)),
-        "d": d[:, None],
-    }
+    d, sc = d.float(), sc - 32
+    return Parts(_flat(_rounded_again(x, d * sc, codes, -4, 3)), d[:, None], sc.T)
 
 
-def q6_k(x: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
+def q6_k(x: Tensor, importance: Tensor | None) -> Parts:
     """16 sub-blocks of 16, scales of 8 bits, codes stored with 32 added; importance weighs errors as it is."""
     rows, x = len(x), _lanes(x, 16)
     w = x * x if importance is None else _lanes(importance.expand(rows, -1), 16)
@@ -172,13 +164,7 @@ def q6_k(x: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
     largest = farthest(scales)
     empty = largest.abs() < TINY
     inverse = quotient(-128.0, largest)
-    d = torch.where(empty, 0.0, quotient(1.0, inverse)).half()
+    d = torch.where(empty, 0.0, quotient(1.0, inverse)).half().float()
     sc = torch.where(empty, 0.0, rounded(inverse * scales, -128, 127))
-    codes = torch.where(empty, 0.0, _rounded_again(x, d.float() * sc, codes, -32, 31))
-    q = _flat(codes)
-    return {
-        "ql": pack(q & 15, 4, run=64),
-        "qh": pack(q >> 4, 2, run=32),
-        "scales": sc.T.to(torch.int8),
-        "d": d[:, None],
-    }
+    codes = torch.where(empty, 0.0, _rounded_again(x, d * sc, codes, -32, 31))
+    return Parts(_flat(codes), d[:, None], sc.T)

@@ -15,9 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantkit.codecs.bits import unpack
+from quantkit.codecs.bits import pack, unpack
 from quantkit.codecs.codec import Codec
 from quantkit.codecs.legacy_encode import affine, q8_0, symmetric
+from quantkit.codecs.parts import Fields, Ladder, Parts, whole
 
 BLOCK = 32  # QK4_0 and its like in ggml-common.h
 
@@ -30,28 +31,25 @@ def _cast(dtype: torch.dtype) -> Callable[[Tensor, Tensor | None], dict[str, Ten
     return lambda x, _importance: {"values": x.to(dtype).view(-1, 1)}
 
 
-def _q4(qs: Tensor) -> Tensor:
-    return unpack(qs, 4, run=16).float()
+def _read(d: Tensor, qs: Tensor, qh: Tensor | None = None, m: Tensor | None = None) -> Parts:
+    codes = unpack(qs, 4, run=16)
+    if qh is not None:
+        codes |= unpack(qh, 1, run=1) << 4
+    d = d.float()
+    one = torch.ones_like(d)
+    return Parts(codes, d, one, *(() if m is None else (-m.float(), one)))
 
 
-def _q5(qs: Tensor, qh: Tensor) -> Tensor:
-    return (unpack(qs, 4, run=16) | unpack(qh, 1, run=1) << 4).float()
+def _write(bits: int) -> Callable[[Parts], Fields]:
+    def write(parts: Parts) -> Fields:
+        fields = {"d": parts.d.half(), "qs": pack(parts.codes & 15, 4, run=16)}
+        if parts.dmin is not None:
+            fields["m"] = -parts.dmin.half()
+        if bits == 5:
+            fields["qh"] = pack(parts.codes >> 4, 1, run=1)
+        return fields
 
-
-def _q4_0(d: Tensor, qs: Tensor) -> Tensor:
-    return (_q4(qs) - 8) * d.float()
-
-
-def _q4_1(d: Tensor, m: Tensor, qs: Tensor) -> Tensor:
-    return _q4(qs) * d.float() + m.float()
-
-
-def _q5_0(d: Tensor, qh: Tensor, qs: Tensor) -> Tensor:
-    return (_q5(qs, qh) - 16) * d.float()
-
-
-def _q5_1(d: Tensor, m: Tensor, qh: Tensor, qs: Tensor) -> Tensor:
-    return _q5(qs, qh) * d.float() + m.float()
+    return write
 
 
 def _q8_0(d: Tensor, qs: Tensor) -> Tensor:
@@ -67,9 +65,9 @@ CODECS = (
     Codec("F32", 1, (("values", torch.float32, 1),), _plain, _cast(torch.float32)),
     Codec("F16", 1, (("values", torch.float16, 1),), _plain, _cast(torch.float16)),
     Codec("BF16", 1, (("values", torch.bfloat16, 1),), _plain, _cast(torch.bfloat16)),
-    Codec("Q4_0", BLOCK, (_D, _QS), _q4_0, symmetric(4)),
-    Codec("Q4_1", BLOCK, (_D, _M, _QS), _q4_1, affine(4)),
-    Codec("Q5_0", BLOCK, (_D, _QH, _QS), _q5_0, symmetric(5)),
-    Codec("Q5_1", BLOCK, (_D, _M, _QH, _QS), _q5_1, affine(5)),
+    Codec.of_ladder("Q4_0", BLOCK, (_D, _QS), Ladder(_read, _write(4), whole(-8, 4)), symmetric(4)),
+    Codec.of_ladder("Q4_1", BLOCK, (_D, _M, _QS), Ladder(_read, _write(4), whole(0, 4)), affine(4)),
+    Codec.of_ladder("Q5_0", BLOCK, (_D, _QH, _QS), Ladder(_read, _write(5), whole(-16, 5)), symmetric(5)),
+    Codec.of_ladder("Q5_1", BLOCK, (_D, _M, _QH, _QS), Ladder(_read, _write(5), whole(0, 5)), affine(5)),
     Codec("Q8_0", BLOCK, (_D, ("qs", torch.int8, BLOCK)), _q8_0, q8_0),
 )

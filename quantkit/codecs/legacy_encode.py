@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantkit.codecs.bits import pack
+from quantkit.codecs.parts import Parts
 from quantkit.codecs.search import (
     farthest,
     lowest,
@@ -24,7 +24,7 @@ from quantkit.codecs.search import (
 )
 
 BLOCK = 32
-Encoder = Callable[[Tensor, Tensor | None], dict[str, Tensor]]
+Encoder = Callable[[Tensor, Tensor | None], Parts]
 
 
 def _lanes(x: Tensor) -> Tensor:
@@ -39,27 +39,25 @@ def _weights(x: Tensor, importance: Tensor) -> Tensor:
     return _lanes(importance * root(sigma2[:, None] + squares))
 
 
-def _fields(q: Tensor, bits: int, **scales: Tensor) -> dict[str, Tensor]:
-    """Codes (32, blocks) and scales (blocks,) as the struct's fields; the fifth bit of five goes to qh."""
-    q = q.T.to(torch.uint8)
-    fields = {name: value[:, None].half() for name, value in scales.items()}
-    if bits == 5:
-        fields["qh"] = pack(q >> 4, 1, run=1)
-    return fields | {"qs": pack(q & 15, 4, run=16)}
+def _parts(q: Tensor, d: Tensor, m: Tensor | None = None) -> Parts:
+    """Codes (32, blocks), scales and minima (blocks,) as the parts of blocks; scales are stored in fp16."""
+    d = d[:, None].half().float()
+    one = torch.ones_like(d)
+    return Parts(q.T.to(torch.uint8), d, one, *(() if m is None else (-m[:, None].half().float(), one)))
 
 
 def symmetric(bits: int) -> Encoder:
     """Q4_0 and Q5_0: w = d * (q - 2^(bits - 1))."""
     half = 1 << (bits - 1)
 
-    def encode(x: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
+    def encode(x: Tensor, importance: Tensor | None) -> Parts:
         lanes = _lanes(x)
         if importance is None:
             d = farthest(lanes) / -half
             q = (lanes * reciprocal(d) + (half + 0.5)).trunc_().clamp_(max=2 * half - 1)
         else:
             d, q = search_symmetric(lanes, _weights(x, importance), half)
-        return _fields(q, bits, d=d)
+        return _parts(q, d)
 
     return encode
 
@@ -68,7 +66,7 @@ def affine(bits: int) -> Encoder:
     """Q4_1 and Q5_1: w = d * q + m."""
     nmax = (1 << bits) - 1
 
-    def encode(x: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
+    def encode(x: Tensor, importance: Tensor | None) -> Parts:
         lanes = _lanes(x)
         if importance is None:
             m = lowest(lanes)
@@ -76,7 +74,7 @@ def affine(bits: int) -> Encoder:
             q = ((lanes - m) * reciprocal(d) + 0.5).trunc_().clamp_(max=nmax)
         else:
             d, m, q = search_affine(lanes, _weights(x, importance), nmax, -0.9, 0.05, 36)
-        return _fields(q, bits, d=d, m=m)
+        return _parts(q, d, m)
 
     return encode
 
