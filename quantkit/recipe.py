@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 from quantkit.codecs import CODECS
 from quantkit.errors import BadInput, UsageError
 from quantkit.resources import resource
-from quantkit.targets import Choices
+from quantkit.targets import Choices, LayerRule
 
 
 def _type(name: str) -> str:
@@ -53,6 +53,14 @@ def _size(text: str) -> str:
 TensorType = Annotated[str, AfterValidator(_type)]
 
 
+class Layer(BaseModel):
+    """What is asked of the layers that a pattern names: a type of GGUF targets."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: TensorType
+
+
 class Recipe(BaseModel):
     """What to make and how to measure it. Field names are those of the command line's options."""
 
@@ -78,6 +86,7 @@ class Recipe(BaseModel):
     leave_output: bool = False
     split_max_size: Annotated[str, AfterValidator(_size)] | None = None
     imatrix: str | None = None  # a file, used in place of calibrating
+    layers: dict[str, Layer] = {}  # by pattern of names, `"*.ffn_down": {type: Q6_K}`; the first that matches counts
 
     def choices(self) -> Choices:
         """What this asks of the targets beside their names."""
@@ -91,6 +100,7 @@ class Recipe(BaseModel):
             self.leave_output,
             int(size[:-1]) * {"M": 10**6, "G": 10**9}[size[-1]] if size else None,
             Path(self.imatrix) if self.imatrix else None,
+            tuple(LayerRule(pattern, layer.type) for pattern, layer in self.layers.items()),
         )
 
 

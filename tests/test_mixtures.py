@@ -10,9 +10,12 @@ import pytest
 from mixture_cases import CHOICES, hashed, toys
 
 from quantkit.codecs import lookup
+from quantkit.errors import UsageError
 from quantkit.files.gguf import read_gguf
 from quantkit.recipe import Recipe
+from quantkit.targets.layers import LayerRule, require_matches
 from quantkit.targets.mixtures import MIXTURES, Shape, choose, file_type
+from quantkit.targets.target import Choices
 
 SAID = Path(__file__).with_name("mixtures-llama-quantize.txt")
 
@@ -105,3 +108,27 @@ def test_types_are_those_that_llama_quantize_says(line, toy_tensors):
         asked = Recipe(to=(mixture,), **choices).choices()
         types = choose(mixture, tensors, shape, imatrix=False, choices=asked)
         assert hashed(dict(zip((n for n, _, _ in tensors), types, strict=True))) == theirs, choices
+
+
+def asking(*rules: tuple[str, str]) -> Choices:
+    return Choices(layers=tuple(LayerRule(*rule) for rule in rules))
+
+
+def test_rules_for_layers_go_before_all_else_and_the_first_counts():
+    tensors = llama(4, 512, 1024, 256, 1000)
+    rules = asking(("blk.1.ffn_down", "Q8_0"), ("*.ffn_down", "Q3_K"), ("output*", "Q5_K"))
+    types = dict(zip([n for n, _, _ in tensors], choose("Q4_K_M", tensors, Shape(2), False, rules), strict=True))
+    assert types["blk.1.ffn_down.weight"] == "Q8_0" and types["output.weight"] == "Q5_K"
+    assert types["blk.0.ffn_down.weight"] == types["blk.3.ffn_down.weight"] == "Q3_K"
+    assert types["blk.0.attn_q.weight"] == "Q4_K" and types["output_norm.weight"] == "F32"
+
+
+def test_a_rule_that_does_not_fit_a_layer_says_what_would():
+    with pytest.raises(UsageError, match=r"blk.0.attn_q.weight: its rows of 576 .* choose Q8_0"):
+        choose("Q4_K_M", llama(1, 576, 1536, 192, 1000), Shape(3), False, asking(("*.attn_q", "Q6_K")))
+
+
+def test_a_rule_that_matches_nothing_names_what_is_near():
+    names = [n for n, _, _ in llama(2, 512, 1024, 256, 1000)]
+    with pytest.raises(UsageError, match=r"'\*.ffn_dwon' matches no tensor.*blk.\*.ffn_down"):
+        require_matches(asking(("*.attn_v", "Q6_K"), ("*.ffn_dwon", "Q6_K")).layers, names)

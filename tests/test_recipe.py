@@ -48,3 +48,17 @@ def test_an_unknown_name_lists_the_known_ones():
 @pytest.mark.parametrize("path", sorted(resource("recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_load(path):
     assert load_recipe(path.stem, {}).to
+
+
+def test_layers_are_rules_in_their_order(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text('to: Q4_K_M\nlayers: {"blk.0.*": {type: q8_0}, "*.ffn_down": {type: Q6_K}}\n')
+    rules = load_recipe(str(path), {}).choices().layers
+    assert [(r.pattern, r.type) for r in rules] == [("blk.0.*", "Q8_0"), ("*.ffn_down", "Q6_K")]
+
+
+def test_a_layer_of_no_known_type_is_refused(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text('to: Q4_K_M\nlayers: {"*.ffn_down": {type: Q9_K}, "*.attn_v": {tpye: Q6_K}}\n')
+    with pytest.raises(UsageError, match=r"no tensor type 'Q9_K'.*tpye"):
+        load_recipe(str(path), {})

@@ -8,6 +8,7 @@ from functools import cache
 
 from quantkit.errors import UsageError
 from quantkit.model import Model
+from quantkit.targets.layers import LayerRule
 from quantkit.targets.target import Calibration, Choices, Family, Output, Piece, Row, Solved
 
 
@@ -27,4 +28,15 @@ def plan_output(name: str, model: Model, calibration: Calibration | None, choice
     raise UsageError(f"unknown target {name!r}", where="--to", hint=f"known: {known}")
 
 
-__all__ = ["Calibration", "Choices", "Family", "Output", "Piece", "Row", "Solved", "families", "plan_output"]
+__all__ = [
+    "Calibration",
+    "Choices",
+    "Family",
+    "LayerRule",
+    "Output",
+    "Piece",
+    "Row",
+    "Solved",
+    "families",
+    "plan_output",
+]

@@ -26,6 +26,7 @@ from quantkit.files.gguf_writer import Layout, layout_gguf, split_layout, tensor
 from quantkit.files.imatrix import Imatrix, read_imatrix
 from quantkit.model import Model, Ref
 from quantkit.targets.gguf_metadata import metadata_of
+from quantkit.targets.layers import require_matches
 from quantkit.targets.mixtures import MIXTURES, Shape, choose, file_type, kind_of, quantizable, requires_imatrix
 from quantkit.targets.target import Calibration, Choices, Family, Output, Piece, Row, Solved, loss_by_rows, weight_loss
 
@@ -42,6 +43,7 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
     tensors = held(model)
     given = fitting_imatrix(choices.imatrix, model) if choices.imatrix else None
     present = [(t.name, t.shape, t.type) for t in tensors]
+    require_matches(choices.layers, [t.name for t in tensors if quantizable(t.name, t.shape)])
     types = choose(name, present, shape_of(model), imatrix=bool(given or calibration), choices=choices)
     rows, weighted = [], []
     for t, kind in zip(tensors, types, strict=True):

@@ -17,6 +17,7 @@ from gguf.constants import LlamaFileType
 
 from quantkit.codecs import lookup
 from quantkit.errors import UsageError
+from quantkit.targets.layers import first_rule
 from quantkit.targets.target import Choices
 
 
@@ -267,7 +268,7 @@ def choose(
         kind, width = kind_of(name), dims[-1]
         if not quantizable(name, dims) or (choices.leave_output and name == "output.weight"):
             types[name] = present
-        elif asked := _by_place(name, choices):
+        elif asked := _by_layer(name, choices) or _by_place(name, choices):
             types[name] = _held(name, asked, width)
         elif mix.base in PLAIN:
             types[name] = mix.base
@@ -282,6 +283,11 @@ def choose(
             at[kind] += 1
             types[name] = _fitting(_wanted(mix, kind, width, Place(i, n, shape, imatrix), choices), width)
     return [types[name] for name, _, _ in tensors]
+
+
+def _by_layer(name: str, choices: Choices) -> str | None:
+    rule = first_rule(choices.layers, name)
+    return rule.type if rule else None
 
 
 def _by_place(name: str, choices: Choices) -> str | None:

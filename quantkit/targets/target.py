@@ -22,6 +22,7 @@ from quantkit.errors import BadInput, UsageError
 from quantkit.files import gguf_set, gguf_writer, safetensors
 from quantkit.model import Model, Ref
 from quantkit.stats import Stats, error
+from quantkit.targets.layers import LayerRule
 
 SLAB = 1 << 20  # weights that a core takes at a time
 
@@ -49,6 +50,7 @@ class Choices:
     leave_output: bool = False  # output.weight stays as it is
     split_bytes: int | None = None  # the largest file of a set
     imatrix: Path | None = None  # in place of calibrating
+    layers: tuple[LayerRule, ...] = ()  # of single layers; go before all else
 
 
 @dataclass(frozen=True)
