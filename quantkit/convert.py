@@ -7,7 +7,8 @@ statistics are taken, and handed to each output in turn. Then every output is ve
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 
 from quantkit.corpus import Text
-from quantkit.errors import BadInput, UsageError, VerifyError
+from quantkit.errors import UsageError, VerifyError
 from quantkit.evaluate import Predictions, Score, predict, score
-from quantkit.files.atomic import require_space, staged
+from quantkit.files.atomic import require_space, staged, syncing
 from quantkit.files.imatrix import write_imatrix
 from quantkit.forward import Network, States, embed, network, readers, run, watching
 from quantkit.importance import Sums, imatrix_of, squares
@@ -29,6 +30,7 @@ from quantkit.seal import check_seals, seal
 from quantkit.stats import Stats
 from quantkit.targets import Output, Piece, Row, Solved
 from quantkit.targets.gguf import IMATRIX_FILE
+from quantkit.targets.target import finite
 from quantkit.verify import digest, verify
 
 
@@ -87,8 +89,16 @@ class _Product:
     staging: ExitStack  # closing it gives the product its final name
     writing: ExitStack  # closing it completes the files
     writer: Any
+    thread: ThreadPoolExecutor  # where it is written
+    storing: Future[None] | None = None
     digests: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+
+    def settle(self) -> None:
+        """Wait for what is being written, so that no more than one tensor is kept for it; raises what it raised."""
+        if self.storing:
+            self.storing.result()
+            self.storing = None
 
 
 def convert(
@@ -160,7 +170,8 @@ def _open(output: Output, out: Path, force: bool, parent: ExitStack) -> _Product
     staging = parent.enter_context(ExitStack())
     partial = staging.enter_context(staged(out / output.root, replace=force))
     writing = staging.enter_context(ExitStack())
-    return _Product(output, partial, staging, writing, writing.enter_context(output.writer(partial)))
+    writer = writing.enter_context(output.writer(partial))
+    return _Product(output, partial, staging, writing, writer, writing.enter_context(ThreadPoolExecutor(1)))
 
 
 def _solve(
@@ -177,23 +188,21 @@ def _solve(
     stage = "calibrating and solving" if calibration is not None else "writing"
     yield Progress(stage, 0, total)
     for done, (name, ref) in enumerate(outer):
-        yield from _each(products, Piece(model, {name: ref}, {name: _read(name, ref, device)}, {}))
+        weights = _held({name: ref}, device) if calibration is not None else {}
+        yield from _each(products, Piece(model, {name: ref}, weights, {}, device))
         yield Progress(stage, done + 1, total)
     states = embed(net, calibration) if net and calibration is not None else None
     for layer in range(model.layers):
         refs = {ref.placed.hf: ref for ref in model.block(layer).values()}
-        weights = {name: _read(name, ref, device) for name, ref in refs.items()}
+        weights = _held(refs, device) if net and states else {}
         stats = _statistics(net, states, layer, weights) if net and states else {}
-        yield from _each(products, Piece(model, refs, weights, stats))
+        yield from _each(products, Piece(model, refs, weights, stats, device))
         sums |= squares(layer, stats)
         yield Progress(stage, len(outer) + layer + 1, total)
 
 
-def _read(name: str, ref: Ref, device: torch.device) -> Tensor:
-    weight = ref.read().to(device)
-    if not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):  # no temporary of the weight's size
-        raise BadInput("holds values that are not finite", where=name, hint="the source is damaged; get it again")
-    return weight
+def _held(refs: Mapping[str, Ref], device: torch.device) -> dict[str, Tensor]:
+    return {name: finite(name, ref.read().to(device)) for name, ref in refs.items()}
 
 
 def _statistics(net: Network, states: States, layer: int, weights: dict[str, Tensor]) -> dict[str, Stats]:
@@ -207,31 +216,35 @@ def _statistics(net: Network, states: States, layer: int, weights: dict[str, Ten
 
 
 def _each(products: list[_Product], piece: Piece) -> Iterator[Event]:
-    """Hand a piece to every output, and write what comes back."""
+    """Hand a piece to every output; what comes back is hashed and written while the next tensor is solved."""
     for p in products:
         rows = {r.source: r for r in p.output.rows}
         start = time.perf_counter()
         for solved in p.output.solve(piece):
-            p.digests[solved.source] = _digest(p.output, solved)
-            for name, part in solved.parts.items():
-                p.writer.write(name, part.cpu())
+            p.settle()
+            p.storing = p.thread.submit(_store, p, solved)
             seconds, start = time.perf_counter() - start, time.perf_counter()
             p.seconds += seconds
             yield TensorDone(p.output.target, rows[solved.source], solved.loss, seconds)
 
 
-def _digest(output: Output, solved: Solved) -> str:
-    return seal(solved.parts.values()) if output.sealed or solved.value is None else digest(solved.value)
+def _store(p: _Product, solved: Solved) -> None:
+    value = None if p.output.sealed else solved.value
+    p.digests[solved.source] = seal(solved.parts.values()) if value is None else digest(value)
+    for name, part in solved.parts.items():
+        p.writer.write(name, part.cpu())
 
 
 def _finish(p: _Product) -> Generator[Event, None, bool]:
     """Complete, verify and name one output; the value of `yield from` says whether it passed."""
     start, stage = time.perf_counter(), f"verifying {p.output.target}"
+    p.settle()
     p.writing.close()
     try:
         check = check_seals if p.output.sealed else verify
-        for done, _ in enumerate(check(p.output, p.partial, p.digests)):
-            yield Progress(stage, done + 1, len(p.output.rows))
+        with syncing(p.partial):
+            for done, _ in enumerate(check(p.output, p.partial, p.digests)):
+                yield Progress(stage, done + 1, len(p.output.rows))
     except VerifyError as e:
         p.staging.__exit__(type(e), e, e.__traceback__)
         yield Failed(p.output, e)

@@ -10,9 +10,11 @@ import hashlib
 import platform
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import Future
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from torch import Tensor
@@ -31,7 +33,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "gguf", "libggml-python", "n
 def describe(model: Model) -> dict[str, Any]:
     """What `inspect` shows of a model; reads headers only."""
     get = model.gguf.get if model.gguf else lambda key, default=None: default
-    template = model.tokenizer().chat_template
+    template = model.chat_template
     return {
         "name": model.name,
         "path": str(model.path),
@@ -62,7 +64,7 @@ def template_origin(model: Model) -> str:
     """Where the chat template comes from; nothing is put in the place of one that is missing."""
     if model.template:
         return model.template.source
-    return "none" if model.tokenizer().chat_template is None else "the source's own"
+    return "none" if model.chat_template is None else "the source's own"
 
 
 def source_bytes(model: Model) -> int:
@@ -80,6 +82,20 @@ def fingerprint(model: Model) -> dict[str, str]:
         with open(path, "rb") as f:
             out[Path(path).name] = hashlib.file_digest(f, "sha256").hexdigest()
     return out
+
+
+def fingerprinting(model: Model) -> Future[dict[str, str]]:
+    """`fingerprint`, which reads the whole source, beside other work; the thread does not outlive the program."""
+    future: Future[dict[str, str]] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(fingerprint(model))
+        except BaseException as e:
+            future.set_exception(e)
+
+    Thread(target=work, daemon=True).start()
+    return future
 
 
 def lineage(model: Model) -> dict[str, Any]:
@@ -179,12 +195,13 @@ def report(
     evaluation: dict[str, Any] | None,
     device: str,
     warnings: list[str],
+    sha256: dict[str, str],
 ) -> dict[str, Any]:
-    """The whole report."""
+    """The whole report; `sha256` is the source's `fingerprint`."""
     scored = source_score.record() if source_score else {}
     return {
         "source": describe(model)
-        | {"sha256": fingerprint(model), "perplexity": scored.get("perplexity"), "stderr": scored.get("stderr")},
+        | {"sha256": sha256, "perplexity": scored.get("perplexity"), "stderr": scored.get("stderr")},
         "variants": variants,
         "calibration": calibration,
         "evaluation": evaluation,

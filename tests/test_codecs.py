@@ -12,8 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit import codecs
-from quantkit.codecs import CODECS, bits, decode, decode_torch, encode, ggml, lookup
+from quantkit.codecs import CODECS, bits, decode, decode_torch, encode, ggml, lookup, sharing
 from quantkit.codecs.parts import Parts
 from quantkit.errors import BadInput, FormatError, Unsupported, UsageError
 
@@ -105,7 +104,7 @@ def test_threads_write_the_bytes_of_one_call(name, monkeypatch):
     codec, width = lookup(name), 512
     x = torch.randn(23, width, generator=torch.Generator().manual_seed(1))
     weights = codec_rows.importance(width)
-    monkeypatch.setattr(ggml, "_PIECE", 2 * width)
+    monkeypatch.setattr(sharing, "SLAB", 2 * width)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for importance in [weights] if codec.requires_importance else [None, weights]:
         raw = encode(name, x, importance)
@@ -244,7 +243,7 @@ def test_without_libggml_torch_does_what_it_can(monkeypatch):
     expected = {name: encode(name, x) for name in ("Q4_K", "IQ3_S")}
     values = {name: decode(name, raw, x.shape) for name, raw in expected.items()}
     monkeypatch.setattr(ggml, "find", lambda: None)
-    monkeypatch.setattr(codecs, "_AT_A_TIME", {"cpu": 2 * 768})
+    monkeypatch.setattr(sharing, "SLAB", 2 * 768)
     assert torch.equal(encode("Q4_K", x), expected["Q4_K"])
     assert torch.equal(decode("Q4_K", expected["Q4_K"], x.shape), values["Q4_K"])
     assert torch.equal(decode("IQ3_S", expected["IQ3_S"], x.shape), values["IQ3_S"])

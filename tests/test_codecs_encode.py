@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit import codecs
-from quantkit.codecs import CODECS, Codec, decode, encode, ggml, lookup
+from quantkit.codecs import CODECS, Codec, decode, encode, ggml, lookup, sharing
 from quantkit.codecs.search import descend, root, search_affine, search_positive, search_symmetric, total
 
 IN_TORCH = [name for name, codec in CODECS.items() if codec.encode and codec.block > 1]
@@ -144,7 +143,7 @@ def test_descend_raises_what_the_scale_takes_off_the_error():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CODECS)
 def test_a_gpu_writes_and_reads_the_same_bytes(name, monkeypatch):
-    monkeypatch.setattr(codecs, "_AT_A_TIME_ELSEWHERE", 10 * 768)
+    monkeypatch.setattr(sharing, "SLAB_ELSEWHERE", 10 * 768)
     x = torch.cat([rows for key, rows in codec_rows.rows(768).items() if key != "huge"])
     importance = codec_rows.importance(768, "squares")
     for weights in [importance] if lookup(name).requires_importance else [None, importance]:

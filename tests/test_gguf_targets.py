@@ -14,9 +14,11 @@ from llama_oracle import Oracle
 from test_convert import quantkit
 from toy import toy_model, write_toy
 
+from quantkit.codecs import decode, encode
 from quantkit.files.gguf import read_gguf
 from quantkit.files.imatrix import Imatrix, read_imatrix, write_imatrix
-from quantkit.targets.gguf import encode_stack
+from quantkit.model import in_rows
+from quantkit.targets.gguf import encode_rows
 from quantkit.targets.target import Choices
 
 
@@ -114,10 +116,12 @@ def test_without_calibration_columns_count_alike(source, tmp_path):
 def test_experts_are_weighed_each_by_its_own_matrix():
     generator = torch.Generator().manual_seed(1)
     stack, importance = torch.randn(3, 4, 256, generator=generator), torch.rand(3, 256, generator=generator) ** 8
-    whole = encode_stack("Q4_K", stack, importance)
-    parts = [encode_stack("Q4_K", stack[i], importance[i : i + 1]) for i in range(3)]
-    assert torch.equal(whole, torch.cat(parts))
-    assert not torch.equal(whole, encode_stack("Q4_K", stack, None))
+    rows, cpu = in_rows(stack), torch.device("cpu")
+    whole, loss = encode_rows("Q4_K", rows, 12, 256, importance, cpu)
+    assert torch.equal(whole, torch.cat([encode("Q4_K", stack[i], importance[i]) for i in range(3)]))
+    assert not torch.equal(whole, encode_rows("Q4_K", rows, 12, 256, None, cpu)[0])
+    error = (decode("Q4_K", whole, tuple(stack.shape)) - stack).square().sum() / stack.square().sum()
+    assert loss == pytest.approx(error.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

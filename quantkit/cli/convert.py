@@ -20,7 +20,7 @@ from quantkit.model import Model, open_model
 from quantkit.overlap import refuse_overlap
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import Recipe, load_recipe
-from quantkit.report import report, text_record, upcasts, variant_record
+from quantkit.report import fingerprinting, report, text_record, upcasts, variant_record
 from quantkit.selfcal import self_calibration
 
 
@@ -106,7 +106,7 @@ def _run(
         err.print(f"warning: {warning}", soft_wrap=True)
     variants: list[dict[str, Any]] = []
     tensors: dict[str, list[TensorDone]] = {o.target: [] for o in plan.outputs}
-    source_score, failed = None, []
+    source_score, failed, sha256 = None, [], fingerprinting(model)
     with bars(plan.stages) as bar:
         for event in convert(model, plan, output, device, rows, text, chunks, force):
             match event:
@@ -134,6 +134,7 @@ def _run(
         text_record(words, chunks) if words is not None and chunks is not None else None,
         str(device),
         [*warnings, *grown],
+        sha256.result(),
     )
     with staged(output / "report.json", replace=True) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n")

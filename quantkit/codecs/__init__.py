@@ -3,6 +3,7 @@
     CODECS                              every type by ggml's name for it
     lookup(name)                        its record, or an error that names the known ones
     decode(name, raw, shape)            bytes -> float32
+    decoded(name, raw)                  rows of bytes -> float32, each slab when it is asked for
     encode(name, weight, importance)    float32 -> bytes
 
 On the CPU libggml does the work (bit for bit llama.cpp's); on another device the codec's own torch functions do, and
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from quantkit.codecs import ggml, iquants, kquants, legacy, microscaling, ternary
 from quantkit.codecs.codec import Codec
+from quantkit.codecs.sharing import Rows, share_out, slabs
 from quantkit.errors import BadInput, FormatError, Unsupported, UsageError
 
-__all__ = ["CODECS", "Codec", "decode", "decode_torch", "encode", "lookup"]
+__all__ = ["CODECS", "Codec", "Rows", "decode", "decode_torch", "decoded", "encode", "lookup", "share_out", "slabs"]
 
 _FAMILIES = (legacy, kquants, iquants, ternary, microscaling)
 
@@ -32,10 +34,6 @@ CODECS: Mapping[str, Codec] = MappingProxyType({codec.name: codec for family in 
 # aborting the process (so measured, for every type: weights of 1e12 under an importance of 1e20 are the first to).
 LARGEST_WEIGHT = 1e8
 LARGEST_IMPORTANCE = 1e15
-
-# Weights a torch encoder or decoder takes at a time: its temporaries are some ten float32 tensors of this size.
-_AT_A_TIME = {"cpu": 1 << 20}
-_AT_A_TIME_ELSEWHERE = 1 << 24
 
 
 def lookup(name: str) -> Codec:
@@ -62,11 +60,18 @@ def decode(name: str, raw: Tensor, shape: tuple[int, ...]) -> Tensor:
     return decode_torch(codec, raw).view(shape)
 
 
+def decoded(name: str, raw: Tensor) -> Rows:
+    """The rows that `raw` (rows, row_bytes) uint8 stands for, float32; each slab is decoded when it is asked for."""
+    codec = lookup(name)
+    width = raw.shape[1] // codec.nbytes * codec.block
+    return lambda part: decode(name, raw[part], (part.stop - part.start, width))
+
+
 def decode_torch(codec: Codec, raw: Tensor) -> Tensor:
     """Bytes of n blocks -> (n, block) float32 by the codec's own decoder, on any device; libggml has no part in it."""
     blocks = raw.reshape(-1, codec.nbytes)
     out = torch.empty(len(blocks), codec.block, device=raw.device)
-    for piece in _pieces(len(blocks), codec.block, raw.device):
+    for piece in slabs(len(blocks), codec.block, raw.device):
         out[piece] = codec.decode(**codec.split(blocks[piece]))
     return out
 
@@ -88,7 +93,7 @@ def encode(name: str, weight: Tensor, importance: Tensor | None = None) -> Tenso
     if codec.encode is None or _native(codec, weight.device):
         raw = ggml.encode(codec, weight.cpu(), None if importance is None else importance.cpu()).to(weight.device)
     else:
-        pieces = _pieces(len(weight), weight.shape[1], weight.device)
+        pieces = slabs(len(weight), weight.shape[1], weight.device)
         raw = torch.cat([codec.join(codec.encode(weight[piece], importance)) for piece in pieces])
     _check_scales(codec, raw.view(-1, codec.nbytes))
     return raw.view(len(weight), -1)
@@ -97,11 +102,6 @@ def encode(name: str, weight: Tensor, importance: Tensor | None = None) -> Tenso
 def _native(codec: Codec, device: torch.device) -> bool:
     """Whether libggml does the work: on the CPU, where it is installed; a plain float is a cast, which torch does."""
     return device.type == "cpu" and codec.block > 1 and ggml.find() is not None
-
-
-def _pieces(count: int, weights_each: int, device: torch.device) -> list[slice]:
-    step = max(1, _AT_A_TIME.get(device.type, _AT_A_TIME_ELSEWHERE) // weights_each)
-    return [slice(first, min(count, first + step)) for first in range(0, count, step)]
 
 
 def _check_weight(codec: Codec, weight: Tensor) -> None:

@@ -18,8 +18,6 @@ import functools
 import importlib.util
 import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -27,12 +25,12 @@ import torch
 from torch import Tensor
 
 from quantkit.codecs.codec import Codec
+from quantkit.codecs.sharing import share_out, slabs
 from quantkit.errors import BadInput
 
 ENVIRONMENT = "QUANTKIT_LIBGGML"
 _PATTERNS = ("libggml-base.so*", "libggml-base*.dylib", "ggml-base*.dll")
 _FOLDERS = (".", "lib64", "lib", "bin")  # where the wheel keeps it on Linux, macOS and Windows
-_PIECE = 1 << 20  # weights a thread takes at a time: some milliseconds of work, and the pieces even out the finish
 _init_lock = threading.Lock()
 
 _ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
@@ -58,7 +56,11 @@ def _search(folder: Path) -> Path | None:
 
 def find() -> Path | None:
     """The shared object to load: the one QUANTKIT_LIBGGML names, else the wheel's, else None."""
-    chosen = os.environ.get(ENVIRONMENT)
+    return _found(os.environ.get(ENVIRONMENT))
+
+
+@functools.cache
+def _found(chosen: str | None) -> Path | None:
     if chosen:
         path = Path(chosen)
         return _search(path) or path if path.is_dir() else path
@@ -98,9 +100,10 @@ def version() -> str:
     return _library().ggml_version().decode()
 
 
-def _traits(codec: Codec) -> tuple[int, _TypeTraits]:
+@functools.cache
+def _traits(codec: Codec, library: ctypes.CDLL) -> tuple[int, _TypeTraits]:
     """The type's number and traits, once they are known to be those of our struct."""
-    library, number = _library(), gguf.GGMLQuantizationType[codec.name].value
+    number = gguf.GGMLQuantizationType[codec.name].value
     # ggml_get_type_traits does not check its argument, so ask first for a symbol that comes and goes with the type.
     if hasattr(library, f"dequantize_row_{codec.name.lower().replace('_k', '_K')}"):
         traits = library.ggml_get_type_traits(number).contents
@@ -110,28 +113,19 @@ def _traits(codec: Codec) -> tuple[int, _TypeTraits]:
     raise BadInput(f"libggml {version()} has no {codec.name} as we know it", where=find(), hint="use a newer one")
 
 
-def _share_out(work: Callable[[int, int], None], count: int, weights_each: int) -> None:
-    """Call work(first, last) over 0 .. count in pieces, on as many threads as torch uses."""
-    step = max(1, _PIECE // weights_each)
-    firsts = range(0, count, step)
-    threads = min(torch.get_num_threads(), len(firsts))
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        for _ in pool.map(lambda first: work(first, min(count, first + step)), firsts):
-            pass
-
-
 def decode(codec: Codec, raw: Tensor) -> Tensor:
     """Bytes of n blocks (uint8, CPU) -> (n, block) float32."""
     raw = raw.contiguous()
     blocks = raw.numel() // codec.nbytes
     out = torch.empty(blocks, codec.block)
-    to_float = _traits(codec)[1].to_float
+    to_float = _traits(codec, _library())[1].to_float
+    src, dst = raw.data_ptr(), out.data_ptr()
 
-    def work(first: int, last: int) -> None:
-        src, dst = raw.data_ptr() + first * codec.nbytes, out.data_ptr() + first * codec.block * out.itemsize
-        to_float(src, dst, (last - first) * codec.block)
+    def work(part: slice) -> None:
+        skipped, count = part.start, part.stop - part.start
+        to_float(src + skipped * codec.nbytes, dst + skipped * codec.block * out.itemsize, count * codec.block)
 
-    _share_out(work, blocks, codec.block)
+    share_out(work, slabs(blocks, codec.block))
     return out
 
 
@@ -141,14 +135,15 @@ def encode(codec: Codec, weight: Tensor, importance: Tensor | None) -> Tensor:
     weight = weight.contiguous()
     importance = None if importance is None else importance.contiguous()
     out = torch.empty(rows, codec.row_bytes(width), dtype=torch.uint8)
-    number, library = _traits(codec)[0], _library()
+    library = _library()
+    number = _traits(codec, library)[0]
     with _init_lock:  # the IQ types build their codebooks here, before any thread reads them
         library.ggml_quantize_init(number)
     src, dst = weight.data_ptr(), out.data_ptr()
     imatrix = None if importance is None else importance.data_ptr()
 
-    def work(first: int, last: int) -> None:
-        library.ggml_quantize_chunk(number, src, dst, first * width, last - first, width, imatrix)
+    def work(part: slice) -> None:
+        library.ggml_quantize_chunk(number, src, dst, part.start * width, part.stop - part.start, width, imatrix)
 
-    _share_out(work, rows, width)
+    share_out(work, slabs(rows, width))
     return out

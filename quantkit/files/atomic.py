@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -109,6 +110,15 @@ def _swap(partial: Path, path: Path) -> None:
             os.rename(old, path)
         raise
     _remove(old)
+
+
+@contextmanager
+def syncing(path: Path) -> Iterator[None]:
+    """Bring what was written to the disk while other work goes on; nothing is left to wait for at the end."""
+    with disk_errors(path), ThreadPoolExecutor(1) as thread:
+        flushed = thread.submit(_sync, path)
+        yield
+        flushed.result()
 
 
 def _sync(path: Path) -> None:

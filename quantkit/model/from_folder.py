@@ -48,7 +48,7 @@ def open_hf_folder(path: Path, overrides: Sequence[str] = (), template: ChatTemp
         raise BadInput("no tokenizer.json in this folder", where=path, hint="save the fast tokenizer beside the model")
     files = with_template(files, template) if template else files
     name = path.resolve().name
-    return Model(name, path, method, arch, config, files, refs, facts=facts, template=template)
+    return Model(name, path, method, arch, config, lambda: files, refs, facts=facts, template=template)
 
 
 def _json(path: Path) -> dict[str, Any]:

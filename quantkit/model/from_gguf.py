@@ -14,7 +14,7 @@ from quantkit import arch as families
 from quantkit.arch.schema import Architecture, Placed
 from quantkit.arch.tokenizer import tokenizer_files
 from quantkit.chat import ChatTemplate
-from quantkit.codecs import decode
+from quantkit.codecs import Rows, decode, decoded
 from quantkit.errors import BadInput, FormatError, Unsupported
 from quantkit.files.gguf import GGUF, TensorInfo, read_gguf, stacked
 from quantkit.model.given import laid_over
@@ -30,11 +30,14 @@ def open_gguf(path: Path, overrides: Sequence[str] = (), template: ChatTemplate 
     shapes = {n: t.shape for n, t in gguf.tensors.items()}
     arch = families.by_gguf(str(gguf.get("general.architecture")), gguf.get, where=str(path))
     config = arch.config_from_gguf(gguf.get, shapes, lambda name: _decoded(gguf, name))
-    files = tokenizer_files({key: value.data for key, value in gguf.metadata.items()})
     ids = {f"{k}_token_id": gguf.get(f"tokenizer.ggml.{g}_token_id") for k, g in _SPECIAL.items()}
     ids = {k: int(v) for k, v in ids.items() if v is not None}
     config |= ids | {"pad_token_id": ids.get("pad_token_id")}  # transformers has defaults of its own for some families
-    files["generation_config.json"] = json.dumps(ids, indent=2) + "\n"
+
+    def files() -> dict[str, str]:
+        made = tokenizer_files({key: value.data for key, value in gguf.metadata.items()})
+        return made | {"generation_config.json": json.dumps(ids, indent=2) + "\n"}
+
     tensors = _match(arch, config, shapes, str(path))
     refs = {p.hf: _gguf_ref(gguf, gguf.tensors[p.gguf], p, config) for p in tensors}
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
@@ -87,12 +90,19 @@ def _gguf_ref(gguf: GGUF, info: TensorInfo, placed: Placed, config: Mapping[str,
     expert = placed.expert
     nbytes = info.nbytes if expert is None else info.nbytes // info.shape[0]
 
-    def read() -> Tensor:
-        raw = gguf.raw(info.name) if expert is None else gguf.raw_matrix(info.name, expert)
-        weight = decode(info.type, raw, placed.shape)
-        return placed.weight.layout.to_hf(weight, config) if placed.weight.layout else weight
+    def raw() -> Tensor:
+        return gguf.raw(info.name) if expert is None else gguf.raw_matrix(info.name, expert)
 
-    return Ref(placed, info.type, nbytes, read)
+    def read() -> Tensor:
+        weight = decode(info.type, raw(), placed.shape)
+        return layout.to_hf(weight, config) if layout else weight
+
+    def rows() -> Rows:
+        stored = raw().view(placed.shape[0], -1)
+        return decoded(info.type, layout.to_hf(stored, config) if layout else stored)  # of a matrix, it only moves rows
+
+    layout = placed.weight.layout
+    return Ref(placed, info.type, nbytes, read, rows if len(placed.shape) == 2 else None)
 
 
 def _decoded(gguf: GGUF, name: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from quantkit.arch.schema import Architecture, Placed
 from quantkit.arch.tokenizer import Tokenizer, load_tokenizer
 from quantkit.chat import ChatTemplate
+from quantkit.codecs import Rows
 from quantkit.errors import BadInput
 from quantkit.files.gguf import GGUF
 from quantkit.model.hub import Pulled
@@ -26,11 +28,22 @@ class Ref:
     type: str
     nbytes: int
     read: Callable[[], Tensor]
+    open: Callable[[], Rows] | None = None  # a matrix whose rows can be read a slab at a time
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Rows first, as in torch."""
         return self.placed.shape
+
+    def rows(self) -> Rows:
+        """The same, float32 in HF's row order, as rows that are read when they are asked for where that can be."""
+        return self.open() if self.open else in_rows(self.read())
+
+
+def in_rows(weight: Tensor) -> Rows:
+    """A tensor in memory as rows; one of a single dimension is one row."""
+    flat = weight.reshape(-1, weight.shape[-1])
+    return lambda part: flat[part]
 
 
 @dataclass(frozen=True)
@@ -42,12 +55,22 @@ class Model:
     format: str  # gguf, dense, gptq or awq
     arch: Architecture
     config: dict[str, Any]
-    files: dict[str, str]
+    make_files: Callable[[], dict[str, str]]  # takes seconds for a GGUF of a large vocabulary
     tensors: dict[str, Ref]
     gguf: GGUF | None = None
     hub: Pulled | None = None  # where on the Hub it is from
     facts: Mapping[str, Any] = field(default_factory=dict)  # what the user stated over the source, by HF key
     template: ChatTemplate | None = None  # the chat template that was given over the source's own
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """The texts of its tokenizer files, by name; of a GGUF, Unsupported for a tokenizer that HF cannot have."""
+        return self.make_files()
+
+    @property
+    def chat_template(self) -> str | None:
+        """Its text, for which a GGUF's tokenizer need not be made."""
+        return self.gguf.get("tokenizer.chat_template") if self.gguf else self.tokenizer().chat_template
 
     @property
     def parameters(self) -> int:

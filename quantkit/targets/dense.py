@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from quantkit.model import Model
-from quantkit.targets.target import Calibration, Choices, Family, Output, Piece, Solved, dense, folder_output
+from quantkit.targets.target import Calibration, Choices, Family, Output, Piece, Solved, dense_rows, folder_output
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -19,8 +19,8 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
     dtype = DTYPES[name]
 
     def solve(piece: Piece) -> Iterator[Solved]:
-        for tensor, weight in piece.weights.items():
-            yield dense(tensor, weight, dtype)
+        for tensor, ref in piece.refs.items():
+            yield dense_rows(tensor, piece.rows(tensor), ref.shape, dtype, piece.device)
 
     return folder_output(name, name, f"every tensor as {name}", model, {}, "cast", solve, dtype)
 

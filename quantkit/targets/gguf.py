@@ -18,17 +18,28 @@ import torch
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUFValueType, Keys
 from torch import Tensor
 
-from quantkit.codecs import decode, encode, lookup
+from quantkit.codecs import Rows, decode, decoded, encode, lookup, share_out, slabs
 from quantkit.errors import BadInput, UsageError
 from quantkit.files.gguf_set import SetLayout
 from quantkit.files.gguf_values import Value
 from quantkit.files.gguf_writer import Layout, layout_gguf, split_layout, tensor_nbytes
 from quantkit.files.imatrix import Imatrix, read_imatrix
-from quantkit.model import Model, Ref
+from quantkit.model import Model, Ref, in_rows
 from quantkit.targets.gguf_metadata import metadata_of
 from quantkit.targets.layers import require_matches
 from quantkit.targets.mixtures import MIXTURES, Shape, choose, file_type, kind_of, quantizable, requires_imatrix
-from quantkit.targets.target import Calibration, Choices, Family, Output, Piece, Row, Solved, loss_by_rows, weight_loss
+from quantkit.targets.target import (
+    Calibration,
+    Choices,
+    Family,
+    Output,
+    Piece,
+    Row,
+    Solved,
+    finite,
+    recode,
+    weight_loss,
+)
 
 UNWEIGHTED = ("F32", "F16", "BF16", "Q8_0")  # types whose encoders have no use for importance
 IMATRIX_FILE = "imatrix.gguf"
@@ -65,7 +76,7 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
 
     def solve(piece: Piece) -> Iterator[Solved]:
         for tensor, row in zip(tensors, rows, strict=True):
-            if tensor.parts[0] in piece.weights:
+            if tensor.parts[0] in piece.refs:
                 importance = _importance(piece, tensor, given, calibrated) if row.name in weighted else None
                 yield encoded(piece, tensor, row, importance)
 
@@ -174,37 +185,71 @@ def encoded(piece: Piece, tensor: Held, row: Row, importance: Tensor | None) -> 
 
     `importance` is (experts, width), one row for a matrix that is no stack of experts.
     """
+    rows, width = gguf_rows(piece, tensor), row.shape[-1]
+    count = prod(row.shape) // width
     if row.solver == "copy" and piece.model.gguf is not None:
-        if any(not bool(torch.isfinite(torch.stack(piece.weights[p].aminmax())).all()) for p in tensor.parts):
-            raise BadInput("holds values that are not finite", where=row.name, hint="get the file again")
+        read_through(rows, slabs(count, width))
         return Solved(row.source, {row.name: piece.model.gguf.raw(row.name)}, None, 0.0)
-    ordered = gguf_order(piece, tensor)
-    raw = encode_stack(row.type, ordered, importance)
+    try:
+        raw, loss = encode_rows(row.type, rows, count, width, importance, piece.device)
+    except BadInput as e:
+        raise BadInput(e.what, where=e.where or row.name, hint=e.hint) from e
     if stats := piece.stats.get(tensor.reads or ""):
-        return Solved(row.source, {row.name: raw}, None, weight_loss(ordered, decode(row.type, raw, row.shape), stats))
-    flat = ordered.reshape(-1, row.shape[-1])
-    blocks = raw.view(len(flat), -1)
-    loss = loss_by_rows(flat, lambda rows: decode(row.type, blocks[rows], tuple(flat[rows].shape)))
-    return Solved(row.source, {row.name: raw}, None, loss)
+        before = rows(slice(0, count)).view(row.shape)
+        loss = weight_loss(before, decode(row.type, raw, row.shape), stats)
+    return Solved(row.source, {row.name: raw.flatten()}, None, loss)
+
+
+def read_through(rows: Rows, parts: list[slice]) -> None:
+    """Read every part for the check that reading makes, and keep none."""
+
+    def one(part: slice) -> None:
+        rows(part)
+
+    share_out(one, parts)
+
+
+def gguf_rows(piece: Piece, tensor: Held) -> Rows:
+    """The rows of the tensor, float32, as a GGUF lays them out, an expert's after another's.
+
+    Of a GGUF they are decoded as they lie there: HF's order and back again would end the same.
+    """
+    if piece.weights or piece.model.gguf is None:
+        return in_rows(gguf_order(piece, tensor))
+    row_bytes = lookup(tensor.type).row_bytes(tensor.shape[-1])
+    rows = decoded(tensor.type, piece.model.gguf.raw(tensor.name).view(-1, row_bytes))
+    return lambda part: finite(tensor.name, rows(part).to(piece.device))
 
 
 def gguf_order(piece: Piece, tensor: Held) -> Tensor:
     """The tensor's values, float32, as a GGUF lays them out."""
-    weight = piece.weights[tensor.parts[0]]
     if tensor.computed is not None:
-        return tensor.computed.to(weight.device)
+        return tensor.computed.to(piece.device)
     placed = piece.refs[tensor.parts[0]].placed
     if placed.expert is not None:
-        return torch.stack([piece.weights[p] for p in tensor.parts])
-    layout = placed.weight.layout
+        return torch.stack([piece.weight(p) for p in tensor.parts])
+    weight, layout = piece.weight(tensor.parts[0]), placed.weight.layout
     return layout.to_gguf(weight, piece.model.config) if layout else weight
 
 
-def encode_stack(kind: str, weight: Tensor, importance: Tensor | None) -> Tensor:
-    """Bytes of a matrix or of a stack of experts (experts, rows, width), each expert with its own importance."""
-    if importance is None or len(importance) == 1:
-        return encode(kind, weight, None if importance is None else importance[0]).reshape(-1)
-    return torch.cat([encode(kind, w, i).reshape(-1) for w, i in zip(weight, importance, strict=True)])
+def encode_rows(
+    kind: str, rows: Rows, count: int, width: int, importance: Tensor | None, device: torch.device
+) -> tuple[Tensor, float]:
+    """`count` rows as bytes (count, row_bytes), and the relative error of them.
+
+    They are those of as many experts as `importance` (experts, width) has rows, each with its own.
+    """
+    each = count // (1 if importance is None else len(importance))
+    parts = [part for first in range(0, count, each) for part in slabs(each, width, device, first)]
+    raw = torch.empty(count, lookup(kind).row_bytes(width), dtype=torch.uint8, device=device)
+    loss = recode(
+        rows,
+        parts,
+        lambda before, part: encode(kind, before, None if importance is None else importance[part.start // each]),
+        lambda made: decode(kind, made, (len(made), width)),
+        raw,
+    )
+    return raw, loss
 
 
 def shape_of(model: Model) -> Shape:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -18,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.codecs import Rows, share_out, slabs
 from quantkit.errors import BadInput, UsageError
 from quantkit.files import gguf_set, gguf_writer, safetensors
-from quantkit.model import Model, Ref
+from quantkit.model import Model, Ref, in_rows
 from quantkit.stats import Stats, error
 from quantkit.targets.layers import LayerRule
 
-SLAB = 1 << 20  # weights that a core takes at a time
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,29 @@ class Row:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a solver has at hand: one block, or one tensor outside; weights float32 in HF layout, by HF name.
+    """What a solver has at hand: one block, or one tensor outside, by HF name.
 
-    `stats` holds the statistics of the block's activations, by the names of the architecture table.
+    Where the block was run over calibration rows, `weights` holds it all, float32 in HF layout on `device`, and `stats`
+    the statistics of its activations, by the names of the architecture table. Else both are empty, and a tensor is read
+    when a solver comes to it.
     """
 
     model: Model
     refs: Mapping[str, Ref]
     weights: Mapping[str, Tensor]
     stats: Mapping[str, Stats]
+    device: torch.device = CPU
+
+    def weight(self, name: str) -> Tensor:
+        """A whole tensor, float32 in HF layout on the device; BadInput where a value is not finite."""
+        return self.weights[name] if name in self.weights else finite(name, self.refs[name].read().to(self.device))
+
+    def rows(self, name: str) -> Rows:
+        """The same as rows, each slab read when it is asked for where it can be."""
+        if name in self.weights:
+            return in_rows(self.weights[name])
+        rows = self.refs[name].rows()
+        return lambda part: finite(name, rows(part).to(self.device))
 
 
 @dataclass(frozen=True)
@@ -157,22 +171,34 @@ def weight_loss(weight: Tensor, value: Tensor, stats: Stats | None) -> float:
     return (made / full.clamp_min(1e-30)).clamp_min(0).item()
 
 
-def loss_by_rows(weight: Tensor, read: Callable[[slice], Tensor]) -> float:
-    """The relative error for a weight (rows, ...) of what `read(rows)` gives in its place, in fresh float32.
+def finite(name: str, weight: Tensor) -> Tensor:
+    """`weight` itself; BadInput where a value in it is not finite."""
+    if not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):  # no temporary of the weight's size
+        raise BadInput("holds values that are not finite", where=name, hint="the source is damaged; get it again")
+    return weight
 
-    A slab of rows at a time on each core, which stays in its cache: a third of the time of whole tensors.
+
+def recode(
+    rows: Rows,
+    parts: Sequence[slice],
+    encode: Callable[[Tensor, slice], Tensor],
+    decode: Callable[[Tensor], Tensor],
+    out: Tensor,
+) -> float:
+    """Fill `out`, whose first dimension counts rows, with what `encode(rows(part), part)` makes of every part.
+
+    Returns the relative error of that, as `decode` reads it in fresh float32.
     """
-    rows = len(weight)
-    step = max(1, SLAB * rows // weight.numel())
 
-    def sums(first: int) -> tuple[float, float]:
-        part = slice(first, min(rows, first + step))
-        before = weight[part].flatten()
-        delta = read(part).flatten().sub_(before)
-        return torch.dot(delta, delta).item(), torch.dot(before, before).item()
+    def one(part: slice) -> tuple[float, float]:
+        before = rows(part)
+        made = encode(before, part)
+        out[part] = made
+        plain = before.flatten()
+        delta = decode(made).flatten().sub_(plain)
+        return torch.dot(delta, delta).item(), torch.dot(plain, plain).item()
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        made, full = (sum(column) for column in zip(*pool.map(sums, range(0, rows, step)), strict=True))
+    made, full = (sum(column) for column in zip(*share_out(one, parts, out.device), strict=True))
     return made / max(full, 1e-30)
 
 
@@ -235,8 +261,21 @@ def cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def dense(name: str, weight: Tensor, dtype: torch.dtype) -> Solved:
     """A tensor kept as plain numbers of `dtype`."""
-    out = cast(name, weight, dtype)
-    return Solved(name, {name: out}, out, loss_by_rows(weight, lambda rows: out[rows].to(torch.float32, copy=True)))
+    return dense_rows(name, in_rows(weight), tuple(weight.shape), dtype, weight.device)
+
+
+def dense_rows(name: str, rows: Rows, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Solved:
+    """The same of a tensor of `shape` whose rows are given."""
+    width = shape[-1]
+    out = torch.empty(prod(shape) // width, width, dtype=dtype, device=device)
+    loss = recode(
+        rows,
+        slabs(len(out), width, device),
+        lambda before, _: cast(name, before, dtype),
+        lambda made: made.to(torch.float32, copy=True),
+        out,
+    )
+    return Solved(name, {name: out.view(shape)}, out.view(shape), loss)
 
 
 def folder_output(
