@@ -9,10 +9,12 @@ Left out: streaming. A calibration text is a few megabytes, and sampling evenly 
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,13 +80,20 @@ WIKITEXT2_ARCHIVE = "wikitext-2-raw-v1.zip"
 WIKITEXT2_MEMBER = "wikitext-2-raw/wiki.test.raw"
 WIKITEXT2_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
 
+# What GPTQ's papers and their successors score on: the first 1,100 documents of C4's validation split, a space apart,
+# at the revision that their code names (Raffel et al. 2020, ODC-BY).
+C4_REPO = "allenai/c4"
+C4_REVISION = "607bd4c8450a42878aa9ddc051a65a055450ef87"
+C4_FILE = "en/c4-validation.00000-of-00008.json.gz"
+C4_DOCUMENTS = 1100
+
 
 def load_text(name_or_path: str | Path) -> Text:
     """A text by its name, or from a file.
 
     Names: `default` is the calibration text that ships with quantkit; `demo` a short text of ours for evaluation, held
     out from it; `wikitext2` the file wiki.test.raw, byte for byte, from the Hub (1.3 MB in an archive of 4.7 MB, which
-    the Hub's cache keeps). Write ./default for a file of that name.
+    the Hub's cache keeps); `c4` the beginning of C4's validation split. Write ./default for a file of that name.
 
     Files, by suffix: .jsonl has one document a line, in "text" or in "messages"; .parquet one a row, in a column "text"
     (needs pyarrow); any other file is one document, UTF-8, exactly as it is. Empty documents are dropped.
@@ -130,18 +139,8 @@ def _load_wikitext2() -> Text:
 
     Salesforce/wikitext holds the same text as parquet rows, where a blank line (" \\n" in the raw file) has become "".
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError
-
-    source = f"{WIKITEXT2_REPO}@{WIKITEXT2_REVISION}/{WIKITEXT2_ARCHIVE}"
     hint = "download wiki.test.raw elsewhere and pass that file"
-    try:
-        archive = hf_hub_download(
-            repo_id=WIKITEXT2_REPO, filename=WIKITEXT2_ARCHIVE, repo_type="dataset", revision=WIKITEXT2_REVISION
-        )
-    except (OSError, HTTPError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise BadInput(f"wikitext2 cannot be downloaded: {reason}", where=source, hint=hint) from error
+    archive, source = _from_hub("wikitext2", WIKITEXT2_REPO, WIKITEXT2_REVISION, WIKITEXT2_ARCHIVE, hint)
     try:
         with zipfile.ZipFile(archive) as bundle:
             raw = bundle.read(WIKITEXT2_MEMBER)
@@ -152,7 +151,37 @@ def _load_wikitext2() -> Text:
     return _text("wikitext2", [_decode(raw, Path(archive))], raw, source)
 
 
-BUILT_IN: dict[str, Callable[[], Text]] = {"default": _load_default, "demo": _load_demo, "wikitext2": _load_wikitext2}
+def _load_c4() -> Text:
+    """The first documents of C4's validation split as one, as GPTQ's own evaluation joins them."""
+    hint = "download that file elsewhere, unpack it and pass it as .jsonl"
+    archive, source = _from_hub("c4", C4_REPO, C4_REVISION, C4_FILE, hint)
+    try:
+        with gzip.open(archive) as lines:
+            raw = b"".join(line for _, line in zip(range(C4_DOCUMENTS), lines, strict=False))
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadInput(f"the archive cannot be read: {error}", where=archive, hint=hint) from error
+    return _text("c4", [" ".join(map(plain, _from_jsonl(raw, Path(archive))))], raw, source)
+
+
+def _from_hub(name: str, repo: str, revision: str, file: str, hint: str) -> tuple[str, str]:
+    """A file of a dataset at one revision, through the Hub's cache: its path, and its place in words."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError
+
+    source = f"{repo}@{revision}/{file}"
+    try:
+        return hf_hub_download(repo_id=repo, filename=file, repo_type="dataset", revision=revision), source
+    except (OSError, HTTPError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise BadInput(f"{name} cannot be downloaded: {reason}", where=source, hint=hint) from error
+
+
+BUILT_IN: dict[str, Callable[[], Text]] = {
+    "default": _load_default,
+    "demo": _load_demo,
+    "wikitext2": _load_wikitext2,
+    "c4": _load_c4,
+}
 
 
 def _text(name: str, documents: Sequence[Document], raw: bytes, source: str) -> Text:
@@ -251,24 +280,30 @@ def calibration_batch(text: Text, tokenizer: Tokenizer, samples: int, seqlen: in
     return stream[starts[:, None] + torch.arange(seqlen)]
 
 
-def evaluation_chunks(ids: Sequence[int], ctx: int, tokenizer: Tokenizer, chunks: int | None = None) -> Tensor:
+def evaluation_chunks(
+    ids: Sequence[int], ctx: int, tokenizer: Tokenizer, chunks: int | None = None, stride: int | None = None
+) -> Tensor:
     """Token ids of a whole text -> int64 (n, ctx), cut as llama.cpp's perplexity tool cuts them.
 
     Where the tokenizer adds BOS, it precedes the text (so the first chunk loses nothing) and then REPLACES the first
     token of every chunk. The tail that does not fill a chunk is dropped; `chunks` keeps only the first so many.
+    With a `stride`, chunks have ctx + stride/2 tokens and begin every `stride` tokens, and none is replaced by BOS.
 
     Raises BadInput for a text shorter than one chunk (llama.cpp demands two), UsageError for an impossible size.
     """
     if ctx < 4 or (chunks is not None and chunks < 1):
         raise UsageError(f"{chunks or 'all'} chunks of {ctx} tokens: needs at least 1 chunk of at least 4")
+    if stride is not None and not 1 <= stride < ctx:
+        raise UsageError(f"a stride of {stride} in chunks of {ctx}", where="--stride", hint="give 1 to ctx - 1")
     stream = torch.tensor(_with_bos(list(ids), tokenizer), dtype=torch.long)
-    whole = len(stream) // ctx
+    length = ctx if stride is None else ctx + stride // 2
+    whole = len(stream) // ctx if stride is None else max(0, -(-(len(stream) - length) // stride))
     if not whole:
         fits = 1 << (len(stream).bit_length() - 1) if len(stream) else 0
-        hint = f"--ctx {fits} fits" if fits >= 4 else "give a longer text"
-        raise BadInput(f"the text has {len(stream)} tokens, one chunk needs {ctx}", hint=hint)
-    rows = stream[: whole * ctx].view(whole, ctx)[:chunks].clone()
-    if tokenizer.add_bos:
+        hint = f"--ctx {fits} fits" if fits >= 4 and stride is None else "give a longer text"
+        raise BadInput(f"the text has {len(stream)} tokens, one chunk needs {length}", hint=hint)
+    rows = stream.unfold(0, length, stride or ctx)[:whole][:chunks].clone()
+    if tokenizer.add_bos and stride is None:
         rows[:, 0] = stream[0]
     return rows
 

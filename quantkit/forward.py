@@ -39,11 +39,12 @@ def device_of(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Network:
-    """A model's empty transformers network and the device its blocks are filled on. Weights are float32."""
+    """A model's empty transformers network, the device its blocks are filled on, and the type they are run in."""
 
     model: Model
     empty: nn.Module
     device: torch.device
+    dtype: torch.dtype = torch.float32
 
     @property
     def base(self) -> Any:
@@ -53,7 +54,7 @@ class Network:
     def filled(self, module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
         """`module` with `weights` on the device; every parameter must be among them."""
         module.load_state_dict(
-            {name: w.to(self.device, torch.float32) for name, w in weights.items()}, strict=True, assign=True
+            {name: w.to(self.device, self.dtype) for name, w in weights.items()}, strict=True, assign=True
         )
         return module.eval()
 
@@ -77,7 +78,7 @@ class Network:
 
     def outer(self, name: str) -> Tensor:
         """A tensor outside the blocks, by its HF name, on the device."""
-        return self.model.tensors[name].read().to(self.device, torch.float32)
+        return self.model.tensors[name].read().to(self.device, self.dtype)
 
     def head(self) -> Tensor:
         """The output matrix (vocab, hidden): the embedding itself where the two are tied."""
@@ -85,7 +86,7 @@ class Network:
         return self.outer("model.embed_tokens.weight" if tied else "lm_head.weight")
 
 
-def network(model: Model, device: torch.device) -> Network:
+def network(model: Model, device: torch.device, dtype: torch.dtype = torch.float32) -> Network:
     """The empty network of `model`, from transformers, checked to have exactly the model's tensors."""
     from transformers import AutoModelForCausalLM
 
@@ -94,12 +95,12 @@ def network(model: Model, device: torch.device) -> Network:
     config._attn_implementation = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
     config._experts_implementation = "eager"
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        empty = AutoModelForCausalLM.from_config(config, dtype=dtype)
     wanted = {n: tuple(p.shape) for n, p in empty.named_parameters()}
     have = {n: tuple(p.shape) for n, p in _parameters(model, lambda ref: torch.empty(ref.shape, device="meta")).items()}
     if odd := sorted(set(wanted.items()) ^ set(have.items())):
         raise BadInput(f"transformers builds another model from this configuration ({odd[0][0]})", where=model.path)
-    return Network(model, empty, device)
+    return Network(model, empty, device, dtype)
 
 
 def _parameters(model: Model, read: Callable[[Ref], Tensor]) -> dict[str, Tensor]:
@@ -201,7 +202,7 @@ def readers(model: Model) -> dict[str, str]:
 
 @torch.no_grad()
 def final_states(net: Network, ids: Tensor, positions: slice) -> Iterator[int | Tensor]:
-    """The normed hidden states at `positions` of every sequence, (n, p, hidden) float32 on the CPU.
+    """The normed hidden states at `positions` of every sequence, (n, p, hidden) on the CPU.
 
     Yields the number of each block as it is done, then the states: the caller can show progress.
     """
@@ -231,18 +232,23 @@ def generate(net: Network, start: Tensor, length: int, seed: int, temperature: f
     """Sample sequences (n, length) that continue `start` (n, s), with the whole model on the device, seeded."""
     from transformers import GenerationConfig
 
-    net.set_buffers(net.base.embed_tokens)
-    weights = _parameters(net.model, lambda ref: ref.read().to(net.device, torch.float32))
-    net.filled(net.empty, weights | _tied(net))
-    net.base.rotary_emb = type(net.base.rotary_emb)(config=net.base.config).to(net.device)
+    causal_lm: Any = whole(net)
     torch.manual_seed(seed)
     how = GenerationConfig(
         do_sample=True, temperature=temperature, top_k=0, min_new_tokens=length - start.shape[1], max_length=length
     )
-    causal_lm: Any = net.empty
     out = causal_lm.generate(start.to(net.device), generation_config=how, attention_mask=torch.ones_like(start)).cpu()
     net.empty.to("meta")
     return out
+
+
+def whole(net: Network) -> nn.Module:
+    """The network with all its weights on the device."""
+    net.set_buffers(net.base.embed_tokens)
+    weights = _parameters(net.model, lambda ref: ref.read().to(net.device, net.dtype))
+    net.filled(net.empty, weights | _tied(net))
+    net.base.rotary_emb = type(net.base.rotary_emb)(config=net.base.config).to(net.device)
+    return net.empty
 
 
 def _tied(net: Network) -> dict[str, Tensor]:

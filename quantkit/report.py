@@ -13,12 +13,12 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from importlib.metadata import version
 from math import prod
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from torch import Tensor
 
+from quantkit.cache import fingerprint
 from quantkit.convert import TensorDone, VariantDone
 from quantkit.corpus import Text
 from quantkit.evaluate import Score
@@ -42,7 +42,7 @@ def describe(model: Model) -> dict[str, Any]:
         "format": model.format,
         "architecture": model.arch.gguf,
         "parameters": model.parameters,
-        "bytes": source_bytes(model),
+        "bytes": model.disk_bytes,
         "bits_per_weight": round(8 * model.nbytes / model.parameters, 4),
         "types": dict(Counter(t.type for t in model.tensors.values()).most_common()),
         "layers": model.layers,
@@ -65,23 +65,6 @@ def template_origin(model: Model) -> str:
     if model.template:
         return model.template.source
     return "none" if model.chat_template is None else "the source's own"
-
-
-def source_bytes(model: Model) -> int:
-    """Bytes of the files a model is read from."""
-    if model.gguf:
-        return model.gguf.nbytes
-    return sum(p.stat().st_size for p in model.path.iterdir() if p.is_file())
-
-
-def fingerprint(model: Model) -> dict[str, str]:
-    """SHA-256 of every file that holds weights, by name."""
-    files = model.gguf.paths if model.gguf else sorted(model.path.glob("*.safetensors"))
-    out = {}
-    for path in files:
-        with open(path, "rb") as f:
-            out[Path(path).name] = hashlib.file_digest(f, "sha256").hexdigest()
-    return out
 
 
 def fingerprinting(model: Model) -> Future[dict[str, str]]:

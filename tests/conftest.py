@@ -5,12 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from models import GEMMA3, SMOLLM2, fetch, fetch_converter
 from toy import FAMILIES, write_family
 
 import quantkit  # noqa: F401  (before torch: it says how torch's threads are to wait, see quantkit/__init__.py)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Scores are kept from test to test, never from one run of the tests to the next."""
+    with mock.patch.dict("os.environ", {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,10 @@ ALLOWED = {
     "model": {"arch", "chat", "codecs", "files"},
     "forward": {"model", "stats", "corpus"},
     "evaluate": {"forward"},
+    "cache": {"files", "model"},
+    "llamacpp": set(),
+    "scoring": {"arch", "cache", "corpus", "evaluate", "forward", "llamacpp", "model"},
+    "compare": {"evaluate", "model"},
     "targets": {"model", "arch", "codecs", "files", "solvers", "stats"},
     "recipe": {"resources", "codecs", "targets"},
     "importance": {"files", "forward", "model", "stats", "targets"},
@@ -33,7 +37,7 @@ ALLOWED = {
     "convert": {"plan", "targets", "model", "files", "forward", "evaluate", "verify", "stats", "corpus"}
     | {"importance", "seal"},
     "selfcal": {"forward", "model", "corpus", "files"},
-    "report": {"convert", "corpus", "evaluate", "model", "recipe", "targets"},
+    "report": {"cache", "convert", "corpus", "evaluate", "model", "recipe", "targets"},
 }
 
 

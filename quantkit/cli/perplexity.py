@@ -1,63 +1,108 @@
-"""`quantkit perplexity`: one scorer for every format, with or without a reference model."""
+"""`quantkit perplexity`: one scorer for every format, with or without a reference model, on one text or several."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
-import torch
 import typer
 
 from quantkit.cli.options import OVERRIDE, SOURCE
-from quantkit.cli.show import Bars, bars, out
-from quantkit.corpus import evaluation_chunks, load_text
-from quantkit.errors import BadInput
-from quantkit.evaluate import Predictions, predict, score
-from quantkit.forward import device_of, network
-from quantkit.model import Model, open_model
+from quantkit.cli.show import bars, out
+from quantkit.errors import UsageError
+from quantkit.evaluate import Positions, Score
+from quantkit.forward import device_of
+from quantkit.model import open_model
+from quantkit.scoring import AsRun, Ladder, Passages, Setting, as_run_by_llama_cpp, passages, same_tokens
+
+TEXTS = "demo, wikitext2, c4, or a file: .txt, .jsonl, .parquet. (again)"
 
 
 def command(
     model: Annotated[str, typer.Argument(help=SOURCE)],
-    text: Annotated[str, typer.Option(help="demo, wikitext2 or a file.")] = "demo",
+    text: Annotated[list[str] | None, typer.Option(help=TEXTS)] = None,
     ctx: Annotated[int, typer.Option(min=8, help="Tokens to a chunk; the second half is scored.")] = 512,
-    chunks: Annotated[int | None, typer.Option(min=1, help="Score the first N chunks.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Score every N tokens, each with a chunk before it, as --ppl-stride.")
+    ] = None,
+    chunks: Annotated[int | None, typer.Option(min=1, help="Score the first N chunks of each text.")] = None,
     reference: Annotated[str | None, typer.Option(help="A model to measure KL divergence against.")] = None,
     override: Annotated[list[str] | None, typer.Option(help=OVERRIDE)] = None,
+    engine: Annotated[str, typer.Option(help="quantkit, or llama.cpp to see what its runtime adds.")] = "quantkit",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16: what quantkit computes in.")] = "fp32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Perplexity as llama.cpp defines it, on weights dequantized block by block."""
-    where = device_of(device)
+    if engine not in ("quantkit", "llama.cpp"):
+        raise UsageError(f"unknown engine {engine!r}", where="--engine", hint="known: quantkit, llama.cpp")
+    setting = Setting.of(device_of(device), dtype)
     scored, other = open_model(model, override or ()), open_model(reference) if reference else None
-    tokenizer, words = scored.tokenizer(), load_text(text)
-    ids = tokenizer.encode(words.plain())
-    if other and other.tokenizer().encode(words.plain()[:20000]) != tokenizer.encode(words.plain()[:20000]):
-        raise BadInput("the two models tokenize this text differently", where=reference, hint="KL needs equal tokens")
-    rows = evaluation_chunks(ids, ctx, tokenizer, chunks)
-    stages = {f"scoring {m.name}": 1.0 for m in (scored, other) if m}
+    tokenizer = scored.tokenizer()
+    words = passages(text or ["demo"], tokenizer, ctx, chunks, stride)
+    if other:
+        same_tokens(other, tokenizer, words)
+    stages = {f"scoring {m.name}": 1.0 for m in (other, scored) if m}
     with bars(stages) as bar:
-
-        def run(m: Model) -> Predictions:
-            return _predict(m, rows, where, bar)
-
-        theirs = run(other) if other else None
-        result = score(run(scored), rows, theirs)
-    record = result.record()
+        ladder = Ladder(words, other, setting, bar.step)
+        positions = ladder.positions(scored)
+        run = as_run_by_llama_cpp(scored, ladder) if engine == "llama.cpp" else None
     if as_json:
+        record = _record(words, positions) if run is None else _record_of_run(words, positions, run)
         print(json.dumps(record, indent=2))
         return
-    out.print(f"perplexity {result.perplexity:.4f} ± {result.stderr:.4f}  ({result.chunks} chunks of {ctx} tokens)")
-    if result.kl_divergence and result.same_top is not None and result.delta_ln_ppl is not None:
-        kl = result.kl_divergence
-        out.print(f"ln(PPL/PPL of reference) {result.delta_ln_ppl:+.5f}, same top {100 * result.same_top:.2f}%")
-        tail = f"median {kl.median:.6f}, 99% {kl.p99:.4f}, max {kl.max:.4f}"
-        out.print(f"KL mean {kl.mean:.6f} ± {kl.stderr:.6f}, {tail}")
+    for name, score in _named(words, run.positions if run else positions):
+        _show(name, score)
+    if run:
+        _show_run(words, positions, run)
 
 
-def _predict(model: Model, rows: torch.Tensor, device: torch.device, bar: Bars) -> Predictions:
-    for step in predict(network(model, device), rows):
-        if isinstance(step, Predictions):
-            return step
-        bar.step(f"scoring {model.name}", step + 1, model.layers)
-    raise AssertionError("a network predicts")
+def _named(words: Passages, positions: Positions) -> list[tuple[str, Score]]:
+    """Each text's score, and where there are several, that of all together."""
+    together, each = words.scores(positions)
+    named = [(t.name, s) for t, s in zip(words.texts, each, strict=True)]
+    return named if len(named) == 1 else [*named, ("together", together)]
+
+
+def _record(words: Passages, positions: Positions) -> dict[str, Any]:
+    """The score of all texts together; of each where there are several."""
+    together, each = words.scores(positions)
+    texts = [
+        {"name": t.name, "source": t.source, "sha256": t.sha256} | s.record()
+        for t, s in zip(words.texts, each, strict=True)
+    ]
+    return together.record() | {"texts": texts}
+
+
+def _record_of_run(words: Passages, weights: Positions, run: AsRun) -> dict[str, Any]:
+    """The score as llama.cpp runs the file; apart from it, that of the weights, of the runtime, and the tokens."""
+    apart = {"weights": _record(words, weights), "runtime": _record(words, run.runtime), "tokenizer": run.tokenizer}
+    return {"engine": "llama.cpp"} | _record(words, run.positions) | apart
+
+
+def _show(name: str, score: Score) -> None:
+    said = f"({name}: {score.chunks} chunks of {score.ctx} tokens)"
+    out.print(f"perplexity {score.perplexity:.4f} ± {score.stderr:.4f}  {said}", soft_wrap=True)
+    kl, p = score.kl_divergence, score.delta_p
+    if not kl or not p or score.same_top is None or score.delta_ln_ppl is None:
+        return
+    top = f"same top {100 * score.same_top:.2f} ± {100 * (score.same_top_stderr or 0):.2f}%"
+    out.print(f"  ln(PPL/PPL of reference) {score.delta_ln_ppl:+.5f} ± {score.delta_ln_ppl_stderr:.5f}, {top}")
+    out.print(f"  KL mean {kl.mean:.6f} ± {kl.stderr:.6f}, median {kl.median:.6f}, max {kl.max:.4f}")
+    shares = {"99.9": kl.p999, "99": kl.p99, "95": kl.p95, "90": kl.p90, "10": kl.p10, "5": kl.p05, "1": kl.p01}
+    out.print("  KL " + ", ".join(f"{share}% {value:.4g}" for share, value in shares.items()))
+    out.print(
+        f"  Δp mean {100 * p.mean:+.3f} ± {100 * p.stderr:.3f}%, RMS {100 * p.rms:.3f} ± {100 * p.rms_stderr:.3f}%"
+    )
+
+
+def _show_run(words: Passages, weights: Positions, run: AsRun) -> None:
+    dequantized, runtime = words.scores(weights)[0], words.scores(run.runtime)[0]
+    out.print(f"as llama.cpp runs it, above; the same weights dequantized: {dequantized.perplexity:.4f}", end="")
+    out.print(f", KL to the reference {dequantized.kl_divergence.mean:.6f}" if dequantized.kl_divergence else "")
+    if kl := runtime.kl_divergence:
+        change = f"ln ratio {runtime.delta_ln_ppl:+.5f} ± {runtime.delta_ln_ppl_stderr:.5f}"
+        out.print(f"added by its runtime: {change}, KL mean {kl.mean:.6f} ± {kl.stderr:.6f}")
+    t = run.tokenizer
+    differ = "equal" if t["equal"] else f"{t['llama_cpp_tokens']:,} others from token {t['first_difference']} on"
+    out.print(f"its tokenizer: {t['tokens']:,} tokens here, {differ} there")

@@ -83,6 +83,13 @@ class Model:
         return sum(t.nbytes for t in self.tensors.values())
 
     @property
+    def disk_bytes(self) -> int:
+        """Bytes of the files it is read from."""
+        if self.gguf:
+            return self.gguf.nbytes
+        return sum(p.stat().st_size for p in self.path.iterdir() if p.is_file())
+
+    @property
     def layers(self) -> int:
         """How many decoder blocks."""
         return self.config["num_hidden_layers"]
