@@ -11,7 +11,6 @@ from quantkit.files.imatrix import Imatrix
 from quantkit.forward import Network, embed, readers, run, watching
 from quantkit.model import Model
 from quantkit.stats import Stats
-from quantkit.targets.gguf import reads
 
 Sums = dict[tuple[int, str], tuple[Tensor, int]]  # by block and activation: sums of squares (in,), and rows
 
@@ -22,14 +21,13 @@ def squares(layer: int, stats: Mapping[str, Stats]) -> Sums:
 
 
 def imatrix_of(model: Model, sums: Mapping[tuple[int, str], tuple[Tensor, int]], text: str, rows: Tensor) -> Imatrix:
-    """The importance matrix of calibration `rows` (n, seqlen): one entry for every matrix of the blocks."""
-    entries = {}
-    for layer in range(model.layers):
-        for ref in model.block(layer).values():
-            if activation := reads(ref):
-                entries[ref.placed.gguf] = sums[layer, activation]
-    totals = {name: total[None] for name, (total, _) in entries.items()}
-    counts = {name: torch.tensor([count]) for name, (_, count) in entries.items()}
+    """The importance matrix of calibration `rows` (n, seqlen): one entry for every matrix or stack of the blocks."""
+    parts: dict[str, list[tuple[Tensor, int]]] = {}  # of a stack, one for each expert
+    for ref in model.tensors.values():
+        if ref.placed.reads and ref.placed.layer is not None:
+            parts.setdefault(ref.placed.gguf, []).append(sums[ref.placed.layer, ref.placed.reads])
+    totals = {name: torch.stack([total for total, _ in each]) for name, each in parts.items()}
+    counts = {name: torch.tensor([count for _, count in each]) for name, each in parts.items()}
     return Imatrix(totals, counts, (text,), *rows.shape)
 
 

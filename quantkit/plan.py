@@ -111,7 +111,7 @@ def _largest(model: Model) -> int:
 
 def _grams(model: Model) -> list[int]:
     """The widths of the activations of one block."""
-    readers = {r.placed.weight.reads: r.shape[1] for r in model.block(0).values() if len(r.shape) > 1}
+    readers = {r.placed.reads: r.shape[1] for r in model.block(0).values() if r.placed.reads}
     return list(readers.values())
 
 

@@ -41,8 +41,8 @@ class Stats:
 
     @property
     def importance(self) -> Tensor:
-        """Mean of x^2 per column, (K,): llama.cpp's importance matrix."""
-        return self.gram.diagonal() / self.rows
+        """Mean of x^2 per column, (K,): llama.cpp's importance matrix; without rows all columns count alike."""
+        return self.gram.diagonal() / self.rows if self.rows else torch.ones_like(self.absum)
 
     @property
     def act_scale(self) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import math
 import struct
 from pathlib import Path
+from unittest import mock
 
 import gguf
 import numpy as np
@@ -13,9 +14,11 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as T
 from test_convert import quantkit
-from toy import CONFIG, gguf_name, toy_model, write_toy
+from toy import CONFIG, family_model, gguf_name, toy_model, write_toy
 
+from quantkit.codecs import ggml, lookup
 from quantkit.errors import BadInput, FormatError
+from quantkit.files.gguf import read_gguf
 from quantkit.files.imatrix import Imatrix, merge, read_imatrix, spread, write_imatrix
 from quantkit.forward import last, network
 from quantkit.importance import measure
@@ -64,6 +67,60 @@ def test_values_are_the_squares_that_every_matrix_is_fed(source):
         assert torch.allclose(ours.sums[name][0].double(), sums, rtol=1e-4, atol=1e-6), name
         assert ours.counts[name].tolist() == [144]
     assert (ours.datasets, ours.chunks, ours.chunk_size) == (("words",), 3, 48)
+
+
+def called(name: str, ids: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What transformers multiplies with each expert's own part of a stack: GGUF name -> sums (experts, in), counts."""
+    model, sums, plain = family_model(name), {}, torch.nn.functional.linear
+    stacks, model.config._experts_implementation = {}, "eager"
+    for path, p in model.named_parameters():
+        if ".experts." in path:
+            kind, layer = path.rpartition(".")[2], path.split(".")[2]
+            for e, part in enumerate(p):
+                stacks[part.data_ptr()] = (f"blk.{layer}.{kind}", e, len(p))
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
+        if weight.data_ptr() in stacks:
+            stack, e, count = stacks[weight.data_ptr()]
+            total, rows = sums.setdefault(stack, (torch.zeros(count, x.shape[-1]).double(), torch.zeros(count)))
+            total[e] += x.double().square().sum(0)
+            rows[e] += len(x)
+        return plain(x, weight, *bias)
+
+    with torch.no_grad(), mock.patch("torch.nn.functional.linear", linear):
+        for row in ids:
+            model(row[None])
+    return sums
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-experts"])
+def test_every_expert_has_the_squares_of_its_own_tokens(families, name, tmp_path):
+    ids = torch.randint(2, 320, (3, 48), generator=torch.Generator().manual_seed(5))
+    ours = last(measure(network(open_model(families / f"{name}.gguf"), torch.device("cpu")), ids, "words"))
+    write_imatrix(tmp_path / "m.gguf", ours)
+    ours = read_imatrix(tmp_path / "m.gguf")
+    sources = {"ffn_gate_exps": "gate_up_proj", "ffn_up_exps": "gate_up_proj", "ffn_down_exps": "down_proj"}
+    theirs = called(name, ids)
+    for layer in range(3):
+        for stack, source in sources.items():
+            total, rows = theirs[f"blk.{layer}.{source}"]
+            entry = f"blk.{layer}.{stack}.weight"
+            assert ours.counts[entry].tolist() == rows.tolist() and len(set(rows.tolist())) > 1
+            assert torch.allclose(ours.sums[entry].double(), total, rtol=1e-4, atol=1e-6)
+        assert ours.counts[f"blk.{layer}.ffn_gate_inp.weight"].tolist() == [144]
+
+
+def test_an_expert_is_encoded_by_its_own_importance(families, text, tmp_path):
+    """llama.cpp's encoder, given each expert's importance from the file that was left beside the output."""
+    sizes = ["--calibration", text, "--samples", 4, "--seqlen", 64, "--no-eval"]
+    code, _, stderr = quantkit("convert", families / "qwen3-experts.gguf", "-o", tmp_path / "o", "--to", "Q4_0", *sizes)
+    assert code == 0, stderr
+    made = read_gguf(tmp_path / "o" / "qwen3-experts-Q4_0.gguf")
+    importance = read_imatrix(tmp_path / "o" / "imatrix.gguf").importance("blk.1.ffn_down_exps.weight")
+    weight = open_model(families / "qwen3-experts.gguf").gguf.raw("blk.1.ffn_down_exps.weight").view(torch.float32)
+    each = zip(weight.view(5, 96, 64), importance, strict=True)
+    theirs = torch.cat([ggml.encode(lookup("Q4_0"), w.contiguous(), i).reshape(-1) for w, i in each])
+    assert torch.equal(made.raw("blk.1.ffn_down_exps.weight"), theirs)
 
 
 def test_the_command_computes_what_a_conversion_computes(source, text, tmp_path):

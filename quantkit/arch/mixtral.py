@@ -13,6 +13,19 @@ from quantkit.arch import llama
 from quantkit.arch.mistral import WINDOW
 from quantkit.arch.schema import Key, Weight
 
+
+def experts(module: str, names: tuple[str, str, str], width: str, count: str) -> tuple[Weight, ...]:
+    """The rows of a mixture: its norm, its router, and gate, up and down of the experts, called `names` in HF."""
+    gate, up, down = (f"{module}.experts.{{}}.{name}" for name in names)
+    return (
+        Weight("ffn_norm", "post_attention_layernorm", ("hidden",), writes="mlp_in"),
+        Weight("ffn_gate_inp", f"{module}.gate", ("experts", "hidden"), reads="mlp_in", kept=True),
+        Weight("ffn_gate_exps", gate, (width, "hidden"), reads="mlp_in", experts=count),
+        Weight("ffn_up_exps", up, (width, "hidden"), reads="mlp_in", writes="mlp_mid", experts=count),
+        Weight("ffn_down_exps", down, ("hidden", width), reads="mlp_mid", experts=count),
+    )
+
+
 ARCHITECTURE = replace(
     llama.ARCHITECTURE,
     hf="mixtral",
@@ -25,11 +38,7 @@ ARCHITECTURE = replace(
     ),
     block=(
         *(replace(w, bias=False) for w in llama.ARCHITECTURE.block if w not in llama.MLP),
-        Weight("ffn_norm", "post_attention_layernorm", ("hidden",)),
-        Weight("ffn_gate_inp", "block_sparse_moe.gate", ("experts", "hidden")),
-        Weight("ffn_gate_exps", "block_sparse_moe.experts.{}.w1", ("ffn", "hidden"), experts="num_local_experts"),
-        Weight("ffn_up_exps", "block_sparse_moe.experts.{}.w3", ("ffn", "hidden"), experts="num_local_experts"),
-        Weight("ffn_down_exps", "block_sparse_moe.experts.{}.w2", ("hidden", "ffn"), experts="num_local_experts"),
+        *experts("block_sparse_moe", ("w1", "w3", "w2"), "ffn", "num_local_experts"),
     ),
     dims=lambda c: llama.dims(c) | {"experts": c["num_local_experts"]},
     fixed=(("hidden_act", "silu"),),

@@ -7,8 +7,9 @@ Facts from llama.cpp `conversion/qwen.py`, `src/models/qwen3moe.cpp` and transfo
 from __future__ import annotations
 
 from quantkit.arch import llama
+from quantkit.arch.mixtral import experts
 from quantkit.arch.qwen3 import ATTENTION
-from quantkit.arch.schema import Architecture, Config, Key, Weight
+from quantkit.arch.schema import Architecture, Config, Key
 
 
 def dims(c: Config) -> dict[str, int]:
@@ -29,11 +30,7 @@ ARCHITECTURE = Architecture(
     outer=llama.OUTER,
     block=(
         *ATTENTION,
-        Weight("ffn_norm", "post_attention_layernorm", ("hidden",)),
-        Weight("ffn_gate_inp", "mlp.gate", ("experts", "hidden")),
-        Weight("ffn_gate_exps", "mlp.experts.{}.gate_proj", ("expert", "hidden"), experts="num_experts"),
-        Weight("ffn_up_exps", "mlp.experts.{}.up_proj", ("expert", "hidden"), experts="num_experts"),
-        Weight("ffn_down_exps", "mlp.experts.{}.down_proj", ("hidden", "expert"), experts="num_experts"),
+        *experts("mlp", ("gate_proj", "up_proj", "down_proj"), "expert", "num_experts"),
     ),
     dims=dims,
     fixed=(

@@ -67,6 +67,7 @@ class Weight:
     bias: str | bool = False  # whether there is a bias of shape[:1], or the config key that says so
     absent: str | None = None  # the config key under which the weight is absent (tied embeddings)
     experts: str | None = None  # the config key that counts the experts: `hf` has {} for each, a GGUF stacks them
+    kept: bool = False  # solvers leave it as it is: a router's few weights say which experts are asked
 
     def divided(self, w: Tensor, scale: Tensor, config: Config) -> Tensor:
         """The weight or bias that writes its activation divided by `scale`, one number per row."""
@@ -147,6 +148,11 @@ class Architecture:
             else:
                 made[name] = left.pop(parts[0])
         return left | made
+
+    def place_of(self, w: Weight) -> str:
+        """The path of a weight's module in transformers' block, or of the parameter that holds it for all experts."""
+        held = (name for name, parts in self.modules if f"{w.hf}.weight" in parts)
+        return next(held, w.hf).removesuffix(".weight")
 
     def folds(self) -> list[tuple[Weight, tuple[Weight, ...]]]:
         """(producer, consumers) for each activation that a norm or a matrix scales: where AWQ may fold."""
@@ -269,6 +275,12 @@ class Placed:
     weight: Weight
     layer: int | None
     expert: int | None = None  # its place in a GGUF's stack of experts
+
+    @property
+    def reads(self) -> str | None:
+        """The name of the statistics of what it is fed: an expert has its own, of the tokens that it is asked for."""
+        name = self.weight.reads if len(self.shape) > 1 else None
+        return name if name is None or self.expert is None else f"{name}.{self.expert}"
 
 
 def flat_rope(parameters: Config) -> dict[str, Any]:

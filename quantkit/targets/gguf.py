@@ -24,7 +24,7 @@ from quantkit.files.gguf_set import SetLayout
 from quantkit.files.gguf_values import Value
 from quantkit.files.gguf_writer import Layout, layout_gguf, split_layout, tensor_nbytes
 from quantkit.files.imatrix import Imatrix, read_imatrix
-from quantkit.model import Model, Ref, in_rows
+from quantkit.model import Model, in_rows
 from quantkit.targets.gguf_metadata import metadata_of
 from quantkit.targets.layers import require_matches
 from quantkit.targets.mixtures import MIXTURES, Shape, choose, file_type, kind_of, quantizable, requires_imatrix
@@ -97,7 +97,7 @@ class Held:
     shape: tuple[int, ...]
     type: str
     parts: tuple[str, ...]
-    reads: str | None = None
+    reads: tuple[str, ...] = ()  # the activation that each part is fed
     computed: Tensor | None = None
 
     @property
@@ -118,10 +118,11 @@ def held(model: Model) -> list[Held]:
     for name, sources in parts.items():
         ref = model.tensors[sources[0]]
         shape = ref.shape if ref.placed.expert is None else (len(sources), *ref.shape)
-        made[name] = Held(name, shape, ref.type, tuple(sources), reads(ref))
+        fed = tuple(a for s in sources if (a := model.tensors[s].placed.reads))
+        made[name] = Held(name, shape, ref.type, tuple(sources), fed)
     embedding = next(iter(model.tensors))
     for name, value in model.arch.computed(model.config).items():
-        made[name] = Held(name, tuple(value.shape), "F32", (embedding,), None, value)
+        made[name] = Held(name, tuple(value.shape), "F32", (embedding,), (), value)
     if model.gguf is not None:
         return [replace(made[n], type=t.type) for n, t in model.gguf.tensors.items()]
     return [t if quantizable(t.name, t.shape) else replace(t, type="F32") for t in made.values()]
@@ -163,21 +164,20 @@ def _blind(mixture: str, tensor: str, kind: str, imatrix: Path | None) -> UsageE
     return UsageError(f"{kind} in {mixture} needs an importance matrix", where=tensor, hint=hint)
 
 
-def reads(ref: Ref) -> str | None:
-    """The activation whose statistics weigh this tensor's columns."""
-    return ref.placed.weight.reads if len(ref.shape) > 1 else None
-
-
-def readers(model: Model) -> list[str]:
-    """The tensors that a calibration has an importance matrix for, by GGUF name."""
-    return [ref.placed.gguf for ref in model.tensors.values() if reads(ref)]
+def readers(model: Model) -> dict[str, list[str]]:
+    """The tensors that a calibration has an importance matrix for, by GGUF name, and what each of its parts is fed."""
+    fed: dict[str, list[str]] = {}
+    for ref in model.tensors.values():
+        if ref.placed.reads:
+            fed.setdefault(ref.placed.gguf, []).append(ref.placed.reads)
+    return fed
 
 
 def _importance(piece: Piece, tensor: Held, given: Imatrix | None, calibrated: bool) -> Tensor | None:
     if given:
         return given.importance(tensor.name).reshape(-1, tensor.shape[-1])
-    stats = piece.stats.get(tensor.reads or "")
-    return stats.importance[None] if stats and calibrated else None
+    stats = [piece.stats[name] for name in tensor.reads] if calibrated else []
+    return torch.stack([s.importance for s in stats]) if stats else None
 
 
 def encoded(piece: Piece, tensor: Held, row: Row, importance: Tensor | None) -> Solved:
@@ -194,9 +194,9 @@ def encoded(piece: Piece, tensor: Held, row: Row, importance: Tensor | None) -> 
         raw, loss = encode_rows(row.type, rows, count, width, importance, piece.device)
     except BadInput as e:
         raise BadInput(e.what, where=e.where or row.name, hint=e.hint) from e
-    if stats := piece.stats.get(tensor.reads or ""):
-        before = rows(slice(0, count)).view(row.shape)
-        loss = weight_loss(before, decode(row.type, raw, row.shape), stats)
+    if piece.stats and tensor.reads:
+        before, stats = rows(slice(0, count)).view(row.shape), [piece.stats[name] for name in tensor.reads]
+        loss = weight_loss(before, decode(row.type, raw, row.shape), *stats)
     return Solved(row.source, {row.name: raw.flatten()}, None, loss)
 
 

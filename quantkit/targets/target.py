@@ -160,14 +160,15 @@ class Family:
     plan: Callable[[re.Match[str], Model, Calibration | None, Choices], Output]
 
 
-def weight_loss(weight: Tensor, value: Tensor, stats: Stats | None) -> float:
-    """The relative error of `value` for `weight`; see `Solved`. 0 for a weight of zeros kept as zeros."""
-    delta = value - weight
-    made, full = (
-        (delta.square().sum(), weight.square().sum())
-        if stats is None or weight.dim() != 2
-        else (error(delta, stats.gram), error(weight, stats.gram))
-    )
+def weight_loss(weight: Tensor, value: Tensor, *stats: Stats) -> float:
+    """The relative error of `value` for `weight`; see `Solved`. 0 for a weight of zeros kept as zeros.
+
+    A stack of experts (experts, rows, width) has statistics for each.
+    """
+    shape = (len(stats), -1, weight.shape[-1])
+    parts = list(zip(weight.reshape(shape), value.reshape(shape), stats, strict=True))
+    made = torch.stack([error(v - w, s.gram) for w, v, s in parts]).sum()
+    full = torch.stack([error(w, s.gram) for w, _, s in parts]).sum()
     return (made / full.clamp_min(1e-30)).clamp_min(0).item()
 
 
@@ -204,15 +205,15 @@ def recode(
 
 def linear(model: Model) -> dict[str, Ref]:
     """The weights that solvers quantize: the matrices of the blocks that read an activation, by HF name."""
-    return {n: r for n, r in model.tensors.items() if r.placed.weight.reads and n.endswith(".weight")}
+    return {n: r for n, r in model.tensors.items() if r.placed.reads and not r.placed.weight.kept}
 
 
 def readers_of(piece: Piece) -> dict[str, list[str]]:
     """The matrices of a piece by the activation they read, as HF names."""
     groups: dict[str, list[str]] = {}
     for name, ref in piece.refs.items():
-        if ref.placed.weight.reads and name.endswith(".weight"):
-            groups.setdefault(ref.placed.weight.reads, []).append(name)
+        if ref.placed.reads and not ref.placed.weight.kept:
+            groups.setdefault(ref.placed.reads, []).append(name)
     return groups
 
 
