@@ -10,7 +10,7 @@ import warnings
 
 import typer
 
-from quantkit.cli import compare, convert, imatrix, inspect, perplexity
+from quantkit.cli import advise, compare, convert, imatrix, inspect, perplexity
 from quantkit.errors import QuantkitError, Resumable
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command("convert")(convert.command)
 app.command("perplexity")(perplexity.command)
+app.command("advise")(advise.command)
 app.command("compare")(compare.command)
 app.command("imatrix")(imatrix.command)
 app.command("inspect")(inspect.command)

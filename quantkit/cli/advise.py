@@ -1,0 +1,117 @@
+"""`quantkit advise`: which variant suits this machine, or another: memory by parts, context, speed, one choice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from quantkit.advise import Ask, Fit, Option, fit, recommend, runtime
+from quantkit.cli.options import SOURCE
+from quantkit.cli.show import out, size
+from quantkit.compare import named, read_folder
+from quantkit.errors import UsageError
+from quantkit.hardware import GIB, Machine, machine
+from quantkit.memory import KV_BYTES, weights_of, weights_of_output
+from quantkit.model import Model, open_model
+from quantkit.targets import Calibration, Choices, plan_output
+
+WORDS = {"vram": "wholly", "split": "split", "ram": "in RAM", "no": "does not fit"}
+
+
+def command(
+    models: Annotated[list[str], typer.Argument(help=f"Folders that `quantkit convert` filled, or models. {SOURCE}")],
+    vram: Annotated[
+        str | None, typer.Option(help="Such as 24GiB, or a card such as 'RTX 4090'; else this machine's own.")
+    ] = None,
+    ram: Annotated[str | None, typer.Option(help="Such as 64GiB; else this machine's own.")] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of context to run with.")] = 8192,
+    kv: Annotated[str, typer.Option(help="The cache's type: f16, q8_0 or q4_0.")] = "f16",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once, each with that context.")] = 1,
+    types: Annotated[
+        list[str] | None,
+        typer.Option("--type", help="Predict a target of the one model named, unmade: Q4_K_M. (again)"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say which variants fit a card or this machine, in what memory and how fast at most, and recommend one."""
+    if kv not in KV_BYTES:
+        raise UsageError(f"unknown type {kv!r} of a cache", where="--kv", hint=f"known: {', '.join(KV_BYTES)}")
+    place = machine(vram, ram)
+    options = _predicted(models, types) if types else _made(models)
+    fits = [fit(o, Ask(context, kv, batch), place) for o in options]
+    fits.sort(key=lambda f: -f.option.weights.nbytes)
+    choice = recommend(fits)
+    if as_json:
+        hardware = {"vram_bytes": place.vram, "ram_bytes": place.ram, "cards": [c.name for c in place.cards]}
+        chosen = {"name": choice[0].option.weights.name, "reason": choice[1]} if choice else None
+        ask = {"context": context, "kv": kv, "batch": batch}
+        record = {"hardware": hardware, **ask, "variants": [f.record() for f in fits], "recommendation": chosen}
+        print(json.dumps(record, indent=2))
+        return
+    _show(fits, place, f"{context:,} tokens of {kv} cache" + (f", {batch} sequences" if batch > 1 else ""))
+    if choice is None:
+        out.print("Nothing fits: take a smaller type, a shorter --context or a --kv of q8_0 or q4_0.")
+        return
+    best, reason = choice
+    if best.bounds:
+        each = ", ".join(f"{bound:.3g} ({name})" for name, bound in best.bounds)
+        out.print(f"tokens/s at most, from bytes a token and memory bandwidth alone: {each}", soft_wrap=True)
+    out.print(f"Take {best.option.weights.name}: {reason}.", soft_wrap=True)
+
+
+def _made(models: list[str]) -> list[Option]:
+    """Variants that are there, with their KL where a report has it."""
+    known = {}
+    for source in models:
+        if folder := read_folder(source):
+            for v in folder.report["variants"]:
+                known[str(Path(source) / v["path"])] = (v.get("kl_divergence") or {}).get("mean")
+    opened: dict[str, Model] = {name: open_model(path) for name, path in named(models).items()}
+    paths = named(models)
+    return [Option(weights_of(n, m), runtime(m), known.get(paths[n])) for n, m in opened.items()]
+
+
+def _predicted(models: list[str], types: list[str]) -> list[Option]:
+    """Targets of one model, planned from its headers; no weight is read."""
+    if len(models) != 1:
+        raise UsageError(f"{len(models)} models", where="--type", hint="name the one to predict from")
+    model, found = open_model(models[0]), []
+    for name in types:
+        planned = plan_output(name, model, Calibration("default", 64, 512), Choices())
+        reads = "llama.cpp" if planned.format == "gguf" else "vLLM"
+        found.append(Option(weights_of_output(planned, model), reads))
+    return found
+
+
+def _show(fits: list[Fit], place: Machine, asked: str) -> None:
+    vram = f"{place.vram / GIB:.1f} GiB of VRAM, " if place.vram is not None else "no card, "
+    title = f"{vram}{place.ram / GIB:.1f} GiB of RAM; {asked}; memory in GiB"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("variant", "file", "mean KL", "fits", "weights", "KV", "compute", "other", "in all", "most context"):
+        table.add_column(name, justify="left" if name in ("variant", "fits") else "right", no_wrap=True)
+    table.add_column("tokens/s <=", justify="right", no_wrap=True)
+    for f in fits:
+        need, w = f.device or f.host, f.option.weights
+        parts = (need.weights, need.kv, need.compute, need.output + need.overhead, need.total)
+        table.add_row(
+            w.name,
+            size(w.nbytes),
+            "" if f.option.kl is None else f"{f.option.kl:.5f}",
+            f"{f.layers} of {len(w.blocks)} layers" if f.where == "split" else WORDS[f.where],
+            *(f"{part / GIB:.2f}" for part in parts),
+            f"{f.largest_context:,}" if f.largest_context else "",
+            _range([bound for _, bound in f.bounds]),
+        )
+    out.print(table)
+    for f in fits:
+        out.print(f"{f.option.weights.name}: read by {f.option.runtime}", soft_wrap=True)
+
+
+def _range(bounds: list[float]) -> str:
+    low, high = (min(bounds), max(bounds)) if bounds else (0.0, 0.0)
+    return "" if not bounds else f"{low:.3g}" if len(bounds) == 1 else f"{low:.3g} to {high:.3g}"

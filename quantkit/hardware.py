@@ -1,0 +1,124 @@
+"""What models run on: a table of common cards, and this machine's own memory.
+
+Bandwidth is the maker's figure, from the page named; it is the bus's width times the rate a pin, and no more than an
+upper bound of what a program gets. That of this machine's RAM is measured: one pass over a tensor too large to cache.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from dataclasses import dataclass
+
+import torch
+
+from quantkit.errors import UsageError
+
+GIB = 2**30
+NVIDIA, GEFORCE = "https://www.nvidia.com/en-us/", "https://www.nvidia.com/en-us/geforce/graphics-cards/"
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card: its memory in GiB, its memory bandwidth in GB/s (1e9 bytes), and where the maker says so."""
+
+    name: str
+    gib: float
+    gb_per_s: float
+    source: str
+
+
+CARDS = (
+    Card("RTX 2080 Ti", 11, 616, GEFORCE + "compare/"),
+    Card("RTX 3060", 12, 360, GEFORCE + "30-series/rtx-3060-3060ti/"),
+    Card("RTX 3080", 10, 760, GEFORCE + "30-series/rtx-3080-3080ti/"),
+    Card("RTX 3090", 24, 936, GEFORCE + "30-series/rtx-3090-3090ti/"),
+    Card("RTX 4060", 8, 272, GEFORCE + "40-series/rtx-4060-4060ti/"),
+    Card("RTX 4060 Ti 16GB", 16, 288, GEFORCE + "40-series/rtx-4060-4060ti/"),
+    Card("RTX 4070", 12, 504, GEFORCE + "40-series/rtx-4070-family/"),
+    Card("RTX 4080", 16, 717, GEFORCE + "40-series/rtx-4080-family/"),
+    Card("RTX 4090", 24, 1008, GEFORCE + "40-series/rtx-4090/"),
+    Card("RTX 5070 Ti", 16, 896, GEFORCE + "50-series/rtx-5070-family/"),
+    Card("RTX 5080", 16, 960, GEFORCE + "50-series/rtx-5080/"),
+    Card("RTX 5090", 32, 1792, GEFORCE + "50-series/rtx-5090/"),
+    Card("RTX A6000", 48, 768, NVIDIA + "design-visualization/rtx-a6000/"),
+    Card("RTX 6000 Ada", 48, 960, NVIDIA + "design-visualization/rtx-6000/"),
+    Card("Tesla P40", 24, 346, NVIDIA + "data-center/tesla-p40/"),
+    Card("T4", 16, 320, NVIDIA + "data-center/tesla-t4/"),
+    Card("L4", 24, 300, NVIDIA + "data-center/l4/"),
+    Card("L40S", 48, 864, NVIDIA + "data-center/l40s/"),
+    Card("A100 40GB", 40, 1555, NVIDIA + "data-center/a100/"),
+    Card("A100 80GB", 80, 2039, NVIDIA + "data-center/a100/"),
+    Card("H100", 80, 3350, NVIDIA + "data-center/h100/"),
+    Card("H200", 141, 4800, NVIDIA + "data-center/h200/"),
+    Card("RX 7900 XTX", 24, 960, "https://www.amd.com/en/products/graphics/desktops/radeon/7000-series.html"),
+    Card("MI300X", 192, 5300, "https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html"),
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Memory to run in: bytes of VRAM (all cards together; None for no card) and RAM, and GB/s where they are known.
+
+    `cards` are those whose speed is told: the one that is there, or all of the table with as much memory.
+    """
+
+    vram: int | None
+    ram: int
+    cards: tuple[Card, ...] = ()
+    ram_gb_per_s: float | None = None
+
+
+def parse_size(text: str, where: str) -> int:
+    """`24GiB`, `24G` (1024-based, as memory is sold), `24GB` (1e9) or `512MiB` in bytes; UsageError otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MG])(iB|B)?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise UsageError(f"{text!r} is no size such as 24GiB", where=where, hint="give GiB, or GB for 1e9 bytes")
+    number, unit, kind = float(match[1]), match[2].upper(), (match[3] or "iB").lower()
+    base = 1000 if kind == "b" else 1024
+    return int(number * base ** {"M": 2, "G": 3}[unit])
+
+
+def find_card(name: str) -> Card | None:
+    """The card of the table that is called `name`, or whose name is in it: the longest, so 4060 Ti is not 4060."""
+    plain = name.lower().replace("nvidia", "").replace("geforce", "")
+    found = [c for c in CARDS if c.name.lower() in plain]
+    return max(found, key=lambda c: len(c.name)) if found else None
+
+
+def machine(vram: str | None, ram: str | None) -> Machine:
+    """The machine that is asked about; what is not given is this machine's own. `vram` is a size or a card's name."""
+    if vram is None:
+        return this_machine() if ram is None else Machine(None, parse_size(ram, "--ram"))
+    own = parse_size(ram, "--ram") if ram else ram_bytes()
+    if card := find_card(vram):
+        return Machine(int(card.gib * GIB), own, (card,))
+    size = parse_size(vram, "--vram")
+    return Machine(size, own, tuple(c for c in CARDS if round(c.gib) == round(size / GIB)))
+
+
+def this_machine() -> Machine:
+    """This machine's cards and RAM; the bandwidth of its RAM is measured."""
+    if not torch.cuda.is_available():
+        return Machine(None, ram_bytes(), (), ram_bandwidth())
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    card = find_card(properties[0].name)
+    vram = sum(p.total_memory for p in properties)
+    return Machine(vram, ram_bytes(), (card,) if card else (), ram_bandwidth())
+
+
+def ram_bytes() -> int:
+    """This machine's RAM."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def ram_bandwidth() -> float:
+    """GB/s of reading RAM with all cores: the best of eight passes over 512 MiB."""
+    numbers = torch.ones(1 << 27)
+    best = 0.0
+    for _ in range(8):
+        start = time.perf_counter()
+        numbers.sum()
+        best = max(best, numbers.nbytes / (time.perf_counter() - start) / 1e9)
+    return best
