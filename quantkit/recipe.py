@@ -50,7 +50,23 @@ def _size(text: str) -> str:
     return text
 
 
+def _target_size(text: str) -> str:
+    target_bytes(text)
+    return text
+
+
+def target_bytes(text: str) -> int:
+    """Bytes of a size such as 22GiB, 500MB or 96MiB; ValueError where it is none."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(MB|GB|MiB|GiB)", text, re.ASCII)
+    if not found or float(found[1]) <= 0:
+        raise ValueError(f"{text!r} is no size such as 22GiB, 4.5GB or 500MB")
+    return int(float(found[1]) * {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}[found[2]])
+
+
 TensorType = Annotated[str, AfterValidator(_type)]
+
+
+GGUF = "gguf"  # the target whose types are those of `layers`, or are chosen for a size
 
 
 class Layer(BaseModel):
@@ -86,6 +102,8 @@ class Recipe(BaseModel):
     leave_output: bool = False
     split_max_size: Annotated[str, AfterValidator(_size)] | None = None
     imatrix: str | None = None  # a file, used in place of calibrating
+    target_size: Annotated[str, AfterValidator(_target_size)] | None = None  # types that make the target `gguf` so big
+    target_bpw: Annotated[float, Field(gt=0)] | None = None  # or so many bits a weight
     layers: dict[str, Layer] = {}  # by pattern of names, `"*.ffn_down": {type: Q6_K}`; the first that matches counts
 
     def choices(self) -> Choices:
@@ -116,6 +134,8 @@ def load_recipe(name: str | None, options: Mapping[str, Any]) -> Recipe:
         if isinstance(values.get(name_of_list), str):
             values[name_of_list] = [values[name_of_list]]
     merged = values | {k: v for k, v in options.items() if v is not None}
+    if merged.get("target_size") or merged.get("target_bpw"):
+        merged.setdefault("to", [GGUF])
     try:
         recipe = Recipe(**merged)
     except ValidationError as e:

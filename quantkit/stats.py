@@ -50,6 +50,11 @@ class Stats:
         return self.absum / self.rows
 
 
+def errors(delta: Tensor, gram: Tensor) -> Tensor:
+    """The diagonal of delta gram delta^T, (N,): squared errors of each output of a weight change delta (N, K)."""
+    return ((delta @ gram) * delta).sum(1)
+
+
 def error(delta: Tensor, gram: Tensor) -> Tensor:
     """tr(delta gram delta^T): the squared output error of a weight change delta (N, K), summed over the rows seen."""
-    return ((delta @ gram) * delta).sum()
+    return errors(delta, gram).sum()

@@ -29,9 +29,6 @@ ALLOWED = {
     "scoring": {"arch", "cache", "corpus", "evaluate", "forward", "llamacpp", "model"},
     "compare": {"evaluate", "model"},
     "targets": {"model", "arch", "codecs", "files", "solvers", "stats"},
-    "hardware": set(),
-    "memory": {"model", "targets"},
-    "advise": {"hardware", "memory", "model"},
     "recipe": {"resources", "codecs", "targets"},
     "importance": {"files", "forward", "model", "stats", "targets"},
     "plan": {"targets", "model", "recipe", "evaluate", "forward"},
@@ -40,6 +37,11 @@ ALLOWED = {
     "convert": {"plan", "targets", "model", "files", "forward", "evaluate", "verify", "stats", "corpus"}
     | {"importance", "seal"},
     "selfcal": {"forward", "model", "corpus", "files"},
+    "hardware": set(),
+    "memory": {"model", "targets"},
+    "advise": {"hardware", "memory", "model"},
+    "sensitivity": {"forward", "stats"},
+    "fit": {"codecs", "files", "forward", "sensitivity", "targets"},
     "report": {"cache", "convert", "corpus", "evaluate", "model", "recipe", "targets"},
 }
 

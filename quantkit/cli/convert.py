@@ -9,19 +9,19 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from quantkit.cli.fitting import calibration_rows, fitted, write_recipe
 from quantkit.cli.options import CHAT_TEMPLATE, OVERRIDE, SOURCE
 from quantkit.cli.show import bars, err, out, size, variants_table
 from quantkit.convert import Failed, Progress, SourceScored, TensorDone, VariantDone, claim, convert
-from quantkit.corpus import Text, calibration_batch, evaluation_chunks, load_text
+from quantkit.corpus import Text, evaluation_chunks, load_text
 from quantkit.errors import VerifyError
 from quantkit.files.atomic import staged
 from quantkit.forward import device_of
 from quantkit.model import Model, open_model
 from quantkit.overlap import refuse_overlap
 from quantkit.plan import Plan, make_plan
-from quantkit.recipe import Recipe, load_recipe
+from quantkit.recipe import GGUF, Recipe, load_recipe
 from quantkit.report import fingerprinting, report, text_record, upcasts, variant_record
-from quantkit.selfcal import self_calibration
 
 
 def command(
@@ -40,6 +40,8 @@ def command(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:i.")] = None,
     override: Annotated[list[str] | None, typer.Option(help=OVERRIDE)] = None,
     chat_template: Annotated[str | None, typer.Option(help=CHAT_TEMPLATE)] = None,
+    target_size: Annotated[str | None, typer.Option(help="A GGUF of this size (22GiB), of the best types.")] = None,
+    target_bpw: Annotated[float | None, typer.Option(help="A GGUF of so many bits a weight.")] = None,
     imatrix: Annotated[str | None, typer.Option(help="GGUF: an importance matrix, in place of calibrating.")] = None,
     output_type: Annotated[str | None, typer.Option(help="GGUF: the type of the output matrix.")] = None,
     token_embedding_type: Annotated[str | None, typer.Option(help="GGUF: the type of the token embedding.")] = None,
@@ -65,6 +67,8 @@ def command(
         "device": device,
         "override": override or None,
         "chat_template": chat_template,
+        "target_size": target_size,
+        "target_bpw": target_bpw,
         "imatrix": imatrix,
         "output_type": output_type,
         "token_embedding_type": token_embedding_type,
@@ -78,6 +82,7 @@ def command(
     settings = settings.model_copy(update={field: None for field, out_of_it in left_out.items() if out_of_it})
     where = device_of(settings.device)
     model = open_model(source, settings.override, settings.chat_template)
+    settings = fitted(model, settings, where)
     plan = make_plan(model, settings, where)
     if dry_run:
         _show_plan(plan, as_json)
@@ -93,7 +98,7 @@ def _run(
 ) -> list[VerifyError]:
     """Calibrate, convert, score and report; returns the outputs' failures."""
     warnings: list[str] = []
-    text, rows = _calibration(model, settings, device) if plan.calibrated else (None, None)
+    text, rows = calibration_rows(model, settings, device) if plan.calibrated else (None, None)
     words, chunks = _evaluation(model, settings)
     if text and words and (warning := refuse_overlap(text, words, force)):
         warnings.append(warning)
@@ -138,6 +143,8 @@ def _run(
     )
     with staged(output / "report.json", replace=True) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n")
+    if GGUF in settings.to:
+        write_recipe(settings, output / "recipe.yaml")
     if as_json:
         print(json.dumps(record, indent=2))
         return failed
@@ -147,15 +154,6 @@ def _run(
     out.print(f"{'report':<14} {output / 'report.json'}", soft_wrap=True)
     out.print(record["lineage"]["note"], soft_wrap=True)
     return failed
-
-
-def _calibration(model: Model, settings: Recipe, device: torch.device) -> tuple[Text, torch.Tensor]:
-    if settings.calibration == "self":
-        err.print("the model writes its own calibration text ...")
-        return self_calibration(model, settings.samples, settings.seqlen, settings.seed, device)
-    assert settings.calibration is not None  # or nothing would be calibrated
-    text = load_text(settings.calibration)
-    return text, calibration_batch(text, model.tokenizer(), settings.samples, settings.seqlen, settings.seed)
 
 
 def _evaluation(model: Model, settings: Recipe) -> tuple[Text | None, torch.Tensor | None]:

@@ -9,6 +9,7 @@ be: all that a solver needs to choose any of them anew.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,14 +49,13 @@ class Ladder:
         """What codes stand for, float32."""
         if self.even:
             return codes.float().add_(self.levels[0])
-        return torch.tensor(self.levels, device=codes.device)[codes.long()]
+        return _table(self.levels, codes.device)[0][codes.long()]
 
     def nearest(self, x: Tensor) -> Tensor:
         """The codes, uint8, of the levels nearest to x."""
         if self.even:
             return (x - self.levels[0]).round_().clamp_(0, len(self.levels) - 1).to(torch.uint8)
-        levels = torch.tensor(self.levels, device=x.device)
-        return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2, right=True, out_int32=True).to(torch.uint8)
+        return torch.bucketize(x, _table(self.levels, x.device)[1], right=True, out_int32=True).to(torch.uint8)
 
     def values(self, parts: Parts) -> Tensor:
         """The weights (n, block) float32, by ggml's order of products."""
@@ -64,6 +64,13 @@ class Ladder:
         if parts.dmin is not None and parts.mins is not None:
             values -= (parts.dmin * parts.mins)[..., None]
         return values.flatten(1)
+
+
+@functools.cache
+def _table(levels: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Uneven levels, and the points midway between them."""
+    rising = torch.tensor(levels, device=device)
+    return rising, (rising[1:] + rising[:-1]) / 2
 
 
 def whole(low: int, bits: int) -> tuple[float, ...]:

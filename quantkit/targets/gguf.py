@@ -46,11 +46,18 @@ IMATRIX_FILE = "imatrix.gguf"
 
 
 def plan(match: re.Match[str], model: Model, calibration: Calibration | None, choices: Choices) -> Output:
-    """A GGUF file, or a folder of shards; the metadata are the source's but for file type and importance matrix.
+    """A file of the mixture that the target is named after."""
+    return plan_mixture(match[0].upper(), match[0].upper(), model, calibration, choices)
 
-    UsageError where a type needs an importance matrix and there is none for its tensor.
+
+def plan_mixture(
+    name: str, label: str, model: Model, calibration: Calibration | None, choices: Choices, target: str | None = None
+) -> Output:
+    """A GGUF file of mixture `name`, or a folder of shards, called after `label`.
+
+    The metadata are the source's but for file type and importance matrix. UsageError where a type needs an importance
+    matrix and there is none for its tensor.
     """
-    name = match[0].upper()
     tensors = held(model)
     given = fitting_imatrix(choices.imatrix, model) if choices.imatrix else None
     present = [(t.name, t.shape, t.type) for t in tensors]
@@ -72,7 +79,7 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
     elif calibration and weighted:
         metadata |= imatrix_keys(IMATRIX_FILE, (calibration.text,), len(readers(model)), calibration.rows)
     alignment = model.gguf.alignment if model.gguf else GGUF_DEFAULT_ALIGNMENT
-    path, layout = laid_out(f"{model.name}-{name}", metadata, rows, alignment, choices.split_bytes)
+    path, layout = laid_out(f"{model.name}-{label}", metadata, rows, alignment, choices.split_bytes)
 
     def solve(piece: Piece) -> Iterator[Solved]:
         for tensor, row in zip(tensors, rows, strict=True):
@@ -82,7 +89,7 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
 
     copied = sum(r.solver == "copy" for r in rows)
     note = f"{describe(rows)}; {copied} of {len(rows)} tensors copied byte for byte"
-    return Output(name, "gguf", path, note, tuple(rows), layout, solve, calibrated, sealed=True)
+    return Output(target or name, "gguf", path, note, tuple(rows), layout, solve, calibrated, sealed=True)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""`--target-size` and `--target-bpw` of `quantkit convert`: choose types, show the choice, write it as a recipe."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+import yaml
+from rich import box
+from rich.table import Table as Shown
+
+from quantkit.cli.show import bars, err, size
+from quantkit.corpus import Text, calibration_batch, load_text
+from quantkit.errors import UsageError
+from quantkit.files.atomic import staged
+from quantkit.fit import Fitted, Table, allocate, measure
+from quantkit.forward import network
+from quantkit.model import Model
+from quantkit.recipe import GGUF, Layer, Recipe, target_bytes
+from quantkit.selfcal import self_calibration
+from quantkit.targets import Calibration, plan_output
+from quantkit.targets.mixtures import kind_of
+
+SAMPLES = 8  # calibration rows that types are measured on
+
+
+def calibration_rows(model: Model, settings: Recipe, device: torch.device) -> tuple[Text, torch.Tensor]:
+    """The calibration text of a recipe and its rows of token ids (samples, seqlen)."""
+    if settings.calibration == "self":
+        err.print("the model writes its own calibration text ...")
+        return self_calibration(model, settings.samples, settings.seqlen, settings.seed, device)
+    assert settings.calibration is not None  # or nothing would be calibrated
+    text = load_text(settings.calibration)
+    return text, calibration_batch(text, model.tokenizer(), settings.samples, settings.seqlen, settings.seed)
+
+
+def fitted(model: Model, settings: Recipe, device: torch.device) -> Recipe:
+    """`settings` themselves, or where they ask for a size, those that name the type of every tensor instead.
+
+    Shows the choice. UsageError where the size cannot be had, or where nothing is calibrated.
+    """
+    if not (settings.target_size or settings.target_bpw):
+        return settings
+    if settings.to != (GGUF,) or settings.layers:
+        raise UsageError(
+            f"a size is for the target {GGUF} alone", where="--to", hint="do without other targets, layers"
+        )
+    if settings.calibration is None or (settings.target_size and settings.target_bpw):
+        raise UsageError(
+            "needs a calibration and one size", where="--target-size", hint="give a text and one of the two"
+        )
+    _, rows = calibration_rows(model, settings.model_copy(update={"samples": min(SAMPLES, settings.samples)}), device)
+    table: Table = {}
+    with bars({"measuring types": 1.0}) as bar:
+        for i, step in enumerate(measure(network(model, device), rows, settings.seed)):
+            if isinstance(step, str):
+                bar.step("measuring types", i + 1, model.layers + 2)
+            else:
+                table = step
+    found = _of_size(model, settings, table)
+    err.print(_shown(table, found))
+    err.print(f"a further {size(1e6)} would save about {1e6 * found.price:.2g} nats a token", soft_wrap=True)
+    return _chosen(settings, found)
+
+
+def _chosen(settings: Recipe, found: Fitted) -> Recipe:
+    layers = {name.removesuffix(".weight"): Layer(type=o.type) for name, o in found.options.items()}
+    return settings.model_copy(update={"layers": layers, "target_size": None, "target_bpw": None})
+
+
+def _of_size(model: Model, settings: Recipe, table: Table) -> Fitted:
+    """Types whose file, or whose tensors where bits a weight were asked for, comes to the size and not over it."""
+    calibration = Calibration(str(settings.calibration), settings.samples, settings.seqlen)
+    bits = settings.target_bpw or 0.0
+    asked = target_bytes(settings.target_size) if settings.target_size else int(bits * model.parameters / 8)
+    budget = asked
+    while True:
+        found = allocate(table, budget)
+        output = plan_output(GGUF, model, calibration, _chosen(settings, found).choices())
+        nbytes = output.nbytes if settings.target_size else sum(row.nbytes for row in output.rows)
+        if nbytes <= asked:
+            return found
+        budget -= nbytes - asked
+
+
+def _shown(table: Table, found: Fitted) -> Shown:
+    """The types chosen by kind of tensor, with what they take and what they are expected to cost."""
+    shown = Shown(title="Types chosen", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("tensors", "types"):
+        shown.add_column(name)
+    for name in ("size", "predicted KL"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for kind in dict.fromkeys(kind_of(name) for name in table):
+        options = [o for name, o in found.options.items() if kind_of(name) == kind]
+        types = Counter(o.type for o in options)
+        words = ", ".join(f"{n} {t}" for t, n in types.most_common())
+        shown.add_row(kind, words, size(sum(o.nbytes for o in options)), f"{sum(o.divergence for o in options):.4f}")
+    shown.add_row("in all", "", size(found.nbytes), f"{found.divergence:.4f}")
+    return shown
+
+
+def write_recipe(settings: Recipe, path: Path) -> None:
+    """The recipe that repeats a conversion."""
+    with staged(path, replace=True) as partial:
+        partial.write_text(yaml.safe_dump(settings.model_dump(mode="json", exclude_defaults=True), sort_keys=False))

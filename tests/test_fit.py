@@ -1,0 +1,106 @@
+"""A file of the size asked for: the information against true divergences, the trade-off against trying everything."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as T
+from llama_oracle import Oracle
+from test_convert import quantkit
+from toy import toy_model, write_toy
+
+from quantkit.errors import UsageError
+from quantkit.evaluate import Predictions
+from quantkit.fit import Option, allocate
+from quantkit.forward import final_states, last, network
+from quantkit.model import open_model
+from quantkit.sensitivity import fisher
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_toy(tmp_path_factory.mktemp("source") / "Toy.F32.gguf", toy_model(), T.F32)
+
+
+def log_probabilities(path, ids):
+    net = network(open_model(path), CPU)
+    return Predictions(last(final_states(net, ids, slice(None))), net.head(), None).logprobs(slice(None))
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.1.mlp.down_proj", "layers.0.self_attn.v_proj", "layers.2.mlp.up_proj", "lm_head", "embed_tokens"]
+)
+def test_the_divergence_of_a_small_change_is_foretold(source, tmp_path, name):
+    """Against the true one, of the whole network with the change in it; taken output by output it is no more exact."""
+    ids = torch.randint(2, 300, (4, 96), generator=torch.Generator().manual_seed(1))
+    found = {}
+    for _, part in fisher(network(open_model(source), CPU), ids, seed=0):
+        found |= part
+    key = next(k for k in found if name in k)
+    model = toy_model()
+    weight = dict(model.named_parameters())[key]
+    delta = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)) * 0.01 * weight.std()
+    with torch.no_grad():
+        weight.add_(delta)
+    before = log_probabilities(source, ids)
+    after = log_probabilities(write_toy(tmp_path / "Changed.F32.gguf", model, T.F32), ids)
+    true = (before.exp() * (before - after)).sum(1).mean().item()
+    rows = torch.arange(len(weight)) if name != "embed_tokens" else ids.unique()
+    assert found[key].divergence(delta[rows], rows) == pytest.approx(true, rel=0.5)
+
+
+def test_no_other_choice_of_its_size_is_better():
+    draw = torch.Generator().manual_seed(0)
+    table = {}
+    for name in "abcdef":
+        size = int(torch.randint(1, 40, (1,), generator=draw))
+        harm = torch.rand(1, generator=draw).item()
+        table[name] = tuple(Option(f"Q{b}", size * b, harm * 4.0**-b) for b in (2, 3, 4, 5, 6, 8))
+    total = sum(o[-1].nbytes for o in table.values())
+    for budget in range(total // 4, total + 1, total // 16):
+        found = allocate(table, budget)
+        assert found.nbytes <= budget
+        fitting = (c for c in itertools.product(*table.values()) if sum(o.nbytes for o in c) <= found.nbytes)
+        best = min(sum(o.divergence for o in c) for c in fitting)
+        assert found.divergence <= best * 1.1
+
+
+def test_a_size_that_cannot_be_had_is_refused():
+    with pytest.raises(UsageError, match="take 20 bytes, and 19 are left"):
+        allocate({"a": (Option("Q2_K", 20, 1.0),)}, 19)
+
+
+def test_a_file_has_the_size_asked_for_and_its_recipe_repeats_it(source, tmp_path):
+    common = ("--samples", 4, "--seqlen", 64, "--no-eval", "--json")
+    code, stdout, stderr = quantkit("convert", source, "-o", tmp_path / "one", "--target-size", "1.2MB", *common)
+    assert code == 0, stderr
+    record = json.loads(stdout)
+    (variant,) = record["variants"]
+    made = tmp_path / "one" / variant["path"]
+    assert 0.97 * 1.2e6 < made.stat().st_size <= 1.2e6 and "in all" in stderr
+    assert len({t["type"] for t in variant["tensors"]} - {"F32"}) > 2
+    assert Oracle(made).logits([2, 3, 4, 5]).shape[0] == 4
+    recipe = tmp_path / "one" / "recipe.yaml"
+    code, _, stderr = quantkit("convert", source, "-o", tmp_path / "two", "--recipe", recipe, "--json")
+    assert code == 0, stderr
+    assert (tmp_path / "two" / variant["path"]).read_bytes() == made.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--to", "gguf"), "needs a type for it"),
+        (("--to", "Q4_K_M", "--target-size", "2MB"), "for the target gguf alone"),
+        (("--target-size", "2MB", "--target-bpw", "4"), "one size"),
+        (("--target-size", "2 apples"), "no size such as"),
+        (("--target-size", "0.1MB"), "the smallest types"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(source, tmp_path, options, says):
+    code, _, stderr = quantkit("convert", source, "-o", tmp_path / "x", "--samples", 2, "--seqlen", 32, *options)
+    assert code == 2 and says in stderr and not (tmp_path / "x").exists()
