@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -104,6 +104,7 @@ class Recipe(BaseModel):
     imatrix: str | None = None  # a file, used in place of calibrating
     target_size: Annotated[str, AfterValidator(_target_size)] | None = None  # types that make the target `gguf` so big
     target_bpw: Annotated[float, Field(gt=0)] | None = None  # or so many bits a weight
+    solver: Literal["gptq"] | None = None  # of GGUF targets: error compensation in place of ggml's rounding
     layers: dict[str, Layer] = {}  # by pattern of names, `"*.ffn_down": {type: Q6_K}`; the first that matches counts
 
     def choices(self) -> Choices:
@@ -119,6 +120,7 @@ class Recipe(BaseModel):
             int(size[:-1]) * {"M": 10**6, "G": 10**9}[size[-1]] if size else None,
             Path(self.imatrix) if self.imatrix else None,
             tuple(LayerRule(pattern, layer.type) for pattern, layer in self.layers.items()),
+            self.solver,
         )
 
 

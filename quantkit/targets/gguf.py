@@ -25,6 +25,7 @@ from quantkit.files.gguf_values import Value
 from quantkit.files.gguf_writer import Layout, layout_gguf, split_layout, tensor_nbytes
 from quantkit.files.imatrix import Imatrix, read_imatrix
 from quantkit.model import Model, in_rows
+from quantkit.targets.gguf_gptq import compensated, solvable
 from quantkit.targets.gguf_metadata import metadata_of
 from quantkit.targets.layers import require_matches
 from quantkit.targets.mixtures import MIXTURES, Shape, choose, file_type, kind_of, quantizable, requires_imatrix
@@ -59,6 +60,8 @@ def plan_mixture(
     matrix and there is none for its tensor.
     """
     tensors = held(model)
+    if choices.solver == "gptq" and (choices.imatrix or not calibration):
+        raise UsageError("the solver gptq needs a calibration", where=name, hint="do without --imatrix, or --solver")
     given = fitting_imatrix(choices.imatrix, model) if choices.imatrix else None
     present = [(t.name, t.shape, t.type) for t in tensors]
     require_matches(choices.layers, [t.name for t in tensors if quantizable(t.name, t.shape)])
@@ -67,11 +70,13 @@ def plan_mixture(
     for t, kind in zip(tensors, types, strict=True):
         same = kind == t.type and model.gguf is not None
         solver = "copy" if same else "cast" if lookup(kind).block == 1 else "ggml"
+        if solver == "ggml" and choices.solver == "gptq" and solvable(kind, len(t.parts), t.reads):
+            solver = "gptq"
         rows.append(Row(t.name, t.source, t.shape, t.type, kind, solver, tensor_nbytes(t.name, t.shape, kind)))
         seen = t.name in given.sums if given else bool(calibration and t.reads)
         if solver == "ggml" and not seen and requires_imatrix(name, t.name, kind):
             raise _blind(name, t.name, kind, choices.imatrix)
-        weighted += [t.name] if seen and solver == "ggml" and kind not in UNWEIGHTED else []
+        weighted += [t.name] if seen and solver in ("ggml", "gptq") and kind not in UNWEIGHTED else []
     calibrated = bool(weighted) and given is None
     metadata = described(model, name)
     if choices.imatrix and given and weighted:
@@ -82,8 +87,9 @@ def plan_mixture(
     path, layout = laid_out(f"{model.name}-{label}", metadata, rows, alignment, choices.split_bytes)
 
     def solve(piece: Piece) -> Iterator[Solved]:
+        yield from compensated(piece, [r for r in rows if r.solver == "gptq"])
         for tensor, row in zip(tensors, rows, strict=True):
-            if tensor.parts[0] in piece.refs:
+            if row.solver != "gptq" and tensor.parts[0] in piece.refs:
                 importance = _importance(piece, tensor, given, calibrated) if row.name in weighted else None
                 yield encoded(piece, tensor, row, importance)
 

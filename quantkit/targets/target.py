@@ -51,6 +51,7 @@ class Choices:
     split_bytes: int | None = None  # the largest file of a set
     imatrix: Path | None = None  # in place of calibrating
     layers: tuple[LayerRule, ...] = ()  # of single layers; go before all else
+    solver: str | None = None  # gptq: error compensation for GGUF types as well
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,227 @@
+"""Error compensation on GGUF's own grids: GPTQ for block types whose weights have a code each (`codecs.parts`).
+
+    w = d * scales[s] * level(code) - dmin * mins[s]
+
+Blocks are visited by falling diag(H), as the groups of `gptq` are. When a block is due,
+  - ggml's own search chooses all its fields for the weights as corrected so far, under diag(H);
+  - GPTQ chooses its codes anew under the scales as they are stored, column by column;
+  - `_descend` goes over all its fields again, under the Hessian that the block has where all later ones make up for it;
+  - what is still wrong is handed to the later blocks.
+Then `_descend` goes over the blocks again under the whole H. It is coordinate descent on tr(delta H delta^T): a row's
+d, dmin, one integer scale, one minimum or one code at a time, all else as it is. The error is a parabola in each, so
+the best value that the struct can hold is the one nearest to the vertex, and the error never grows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quantkit.codecs import Codec, decode, encode
+from quantkit.codecs.parts import Ladder, Parts
+from quantkit.errors import BadInput
+from quantkit.solvers.gptq import DAMP, group_aware_order, inverse_factor, one_thread
+from quantkit.stats import Stats, error
+
+OWN_ROUNDS = 2  # of `_descend` over a block before its errors are handed on
+ROUNDS = 2  # of `_descend` over all blocks
+CHUNK = 32  # columns that are updated one by one; those behind them are by one product
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A weight (N, K) as bytes of a block type, (N, bytes of a row)."""
+
+    codec: Codec
+    raw: Tensor
+
+    def dequantize(self) -> Tensor:
+        """(N, K) float32, as a reader has it."""
+        width = self.raw.shape[1] // self.codec.nbytes * self.codec.block
+        return decode(self.codec.name, self.raw, (len(self.raw), width))
+
+    def rows(self, sizes: list[int]) -> list[Encoded]:
+        """Cut by rows: the inverse of solving several weights of one input as one."""
+        return [replace(self, raw=raw) for raw in self.raw.split(sizes)]
+
+
+def ladder_gptq(weight: Tensor, stats: Stats, codec: Codec, damp: float = DAMP) -> Encoded:
+    """Encode `weight` (N, K) as blocks of `codec`, which has a ladder, minimizing tr(delta H delta^T).
+
+    Rows do not influence one another: weights that read the same activation may be stacked. Where the outcome is no
+    better than ggml's own encoding with the importance diag(H), it is that encoding. BadInput where the statistics are
+    not finite.
+    """
+    weight, hessian = weight.float(), stats.hessian
+    if not bool(torch.isfinite(hessian).all()):
+        raise BadInput("the calibration statistics are not finite", hint="the model overflows on this text")
+    by_ggml = Encoded(codec, encode(codec.name, weight, stats.importance))
+    if not bool(hessian.any()):  # no token came here
+        return by_ggml
+    importance = hessian.diagonal()
+    importance = torch.where(importance == 0, importance.mean(), importance)  # unseen is not worthless
+    order = group_aware_order(importance, codec.block)
+    upper = inverse_factor(hessian[order][:, order], damp)
+    damped = hessian.clone()
+    damped.diagonal().add_(damp * importance.mean())
+    with one_thread():
+        blocks = _greedy(weight, importance, order, upper, codec)
+        left = ((weight - torch.cat([b.values() for b in blocks]).T) @ damped).T.contiguous()  # minus half the gradient
+        for _ in range(ROUNDS):
+            for i in (order[:: codec.block] // codec.block).tolist():
+                own = slice(i * codec.block, (i + 1) * codec.block)
+                moved = _descend(blocks[i], left[own].clone(), damped[own, own].contiguous())
+                left.addmm_(damped[own].T, moved, alpha=-1)
+        found = Encoded(codec, torch.cat([codec.join(b.ladder.write(b.parts())) for b in blocks], 1))
+    made = [error(e.dequantize() - weight, hessian) for e in (found, by_ggml)]
+    return found if bool(made[0] < made[1]) else by_ggml
+
+
+@dataclass
+class _Block:
+    """One block of every row at work, columns first: levels (block, N), integers (subs, N), super-scales (N,)."""
+
+    ladder: Ladder
+    levels: Tensor
+    d: Tensor
+    scales: Tensor
+    dmin: Tensor
+    mins: Tensor
+    affine: bool
+
+    @classmethod
+    def of(cls, ladder: Ladder, parts: Parts) -> _Block:
+        levels, scales, d = ladder.level(parts.codes).T.contiguous(), parts.scales.T.contiguous(), parts.d[:, 0]
+        if parts.dmin is None or parts.mins is None:
+            return cls(ladder, levels, d, scales, torch.zeros_like(d), torch.zeros_like(scales), False)
+        return cls(ladder, levels, d, scales, parts.dmin[:, 0], parts.mins.T.contiguous(), True)
+
+    def parts(self) -> Parts:
+        codes, d, scales = self.ladder.nearest(self.levels.T.contiguous()), self.d[:, None], self.scales.T.contiguous()
+        if not self.affine:
+            return Parts(codes, d, scales)
+        return Parts(codes, d, scales, self.dmin[:, None], self.mins.T.contiguous())
+
+    @property
+    def sub(self) -> int:
+        """Columns of a sub-block."""
+        return len(self.levels) // len(self.scales)
+
+    def values(self) -> Tensor:
+        return self.levels * self.spread(self.d * self.scales) - self.spread(self.dmin * self.mins)
+
+    def spread(self, of_subs: Tensor) -> Tensor:
+        """(subs, N) -> (block, N)."""
+        return of_subs.repeat_interleave(self.sub, 0)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        if self.ladder.even:
+            return x.round().clamp_(self.ladder.levels[0], self.ladder.levels[-1])
+        return self.ladder.level(self.ladder.nearest(x))
+
+
+def _greedy(goal: Tensor, importance: Tensor, order: Tensor, upper: Tensor, codec: Codec) -> list[_Block]:
+    """GPTQ proper, block by block; the blocks as they lie in a row."""
+    assert codec.ladder is not None
+    g, w = codec.block, goal.T[order]
+    done = {}
+    for start in range(0, len(w), g):
+        due = slice(start, start + g)
+        number = int(order[start]) // g
+        inside = order[due] - number * g  # the order of columns inside the block, and the way back
+        back = torch.argsort(inside)
+        weight, factor = w[due][back], upper[due, due]
+        raw = encode(codec.name, weight.T, importance[number * g : (number + 1) * g])
+        block = _Block.of(codec.ladder, codec.ladder.read(**codec.split(raw)))
+        _columns(block, weight, factor, inside)
+        own = torch.linalg.inv(factor.T @ factor)[back][:, back].contiguous()
+        for _ in range(OWN_ROUNDS):
+            _descend(block, own @ (weight - block.values()), own)
+        missed = torch.linalg.solve_triangular(factor.T, (weight - block.values())[inside], upper=False)
+        w[start + g :].addmm_(upper[due, start + g :].T, missed, alpha=-1)
+        done[number] = block
+    return [done[number] for number in range(len(done))]
+
+
+def _columns(block: _Block, weight: Tensor, upper: Tensor, inside: Tensor) -> None:
+    """Choose the levels of one block column by column, in the order `inside`, for `weight` (block, N)."""
+    w = weight[inside]
+    missed = torch.empty_like(w)
+    steps, offsets = block.d * block.scales, block.dmin * block.mins
+    per_step = _inverse(steps)
+    for first in range(0, len(w), CHUNK):
+        last = first + CHUNK
+        for i in range(first, last):
+            j = int(inside[i])
+            s = j // block.sub
+            block.levels[j] = block.nearest((w[i] + offsets[s]) * per_step[s])
+            missed[i] = (w[i] + offsets[s] - block.levels[j] * steps[s]) / upper[i, i]
+            w[i + 1 : last].addr_(upper[i, i + 1 : last], missed[i], alpha=-1)
+        w[last:].addmm_(upper[first:last, last:].T, missed[first:last], alpha=-1)
+
+
+def _descend(block: _Block, left: Tensor, own: Tensor) -> Tensor:
+    """One round over a block; `left` (block, N) is minus half the gradient, `own` the block's Hessian.
+
+    Changes the block and `left`; returns how far the block's weights moved (block, N).
+    """
+    moved = torch.zeros_like(left)
+
+    def move(columns: slice, by: Tensor) -> None:
+        moved[columns] += by
+        left.addmm_(own[:, columns], by, alpha=-1)
+
+    ladder, everything = block.ladder, slice(0, len(left))
+    for s in range(len(block.scales)):
+        columns = slice(s * block.sub, (s + 1) * block.sub)
+        if ladder.scales != (1, 1):
+            along = block.levels[columns] * block.d
+            new = (
+                (block.scales[s] + _vertex(along, left[columns], own[columns, columns])).round_().clamp_(*ladder.scales)
+            )
+            move(columns, along * (new - block.scales[s]))
+            block.scales[s] = new
+        if ladder.mins != (1, 1):
+            along = (-block.dmin).expand(block.sub, -1)
+            new = (block.mins[s] + _vertex(along, left[columns], own[columns, columns])).round_().clamp_(*ladder.mins)
+            move(columns, along * (new - block.mins[s]))
+            block.mins[s] = new
+    along = block.levels * block.spread(block.scales)
+    new = _fp16(block.d + _vertex(along, left, own))
+    move(everything, along * (new - block.d))
+    block.d = new
+    if block.affine:
+        along = -block.spread(block.mins)
+        new = _fp16(block.dmin + _vertex(along, left, own))
+        move(everything, along * (new - block.dmin))
+        block.dmin = new
+    steps = block.d * block.scales
+    per_step, curve = _inverse(steps), own.diagonal().clamp_min(1e-30)
+    for first in range(0, len(left), CHUNK):
+        columns = slice(first, first + CHUNK)
+        near, corner, by = left[columns].clone(), own[columns, columns].contiguous(), torch.empty_like(left[columns])
+        for i in range(CHUNK):
+            j = first + i
+            s = j // block.sub
+            new = block.nearest(block.levels[j] + near[i] * per_step[s] / curve[j])
+            by[i] = (new - block.levels[j]) * steps[s]
+            near.addr_(corner[i], by[i], alpha=-1)
+            block.levels[j] = new
+        move(columns, by)
+    return moved
+
+
+def _vertex(along: Tensor, left: Tensor, own: Tensor) -> Tensor:
+    """The step (N,) along `along` (k, N) that takes most off the error; 0 where none changes it."""
+    curve = (along * (own @ along)).sum(0)
+    return torch.where(curve > 0, (along * left).sum(0) / curve, 0.0)
+
+
+def _inverse(steps: Tensor) -> Tensor:
+    return torch.where(steps == 0, 0.0, 1 / steps)
+
+
+def _fp16(x: Tensor) -> Tensor:
+    return x.clamp(-65504, 65504).half().float()
