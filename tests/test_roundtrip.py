@@ -222,14 +222,19 @@ MIQU = {
 
 
 @pytest.mark.parametrize("quantized", ["Q2_K", "Q4_K_M", "Q5_K_M"])
-def test_a_miqu_comes_back_with_every_value(quantized, miqu, tmp_path):
+def test_a_miqu_comes_back_with_every_value(quantized, miqu, text, tmp_path):  # noqa: F811
     """The published model's shape, scaled down: each stop of the way has the same configuration and tokenizer."""
     source = converted(miqu, tmp_path / "source", quantized, "--no-calibration")
     fp16 = converted(source, tmp_path / "folder", "fp16")
-    back = converted(fp16, tmp_path / "back", "F32")  # llama.cpp would round activations to F16 beside F16 weights
+    options = ("--calibration", text / "calibration.txt", "--samples", 2, "--seqlen", 64)
+    gptq = converted(fp16, tmp_path / "packed", "gptq", *options)
+    back = converted(gptq, tmp_path / "back", "F32")  # llama.cpp would round activations to F16 beside F16 weights
     for path in (miqu, source, back):
         assert open_model(path).config == MIQU
-    assert json.loads((fp16 / "config.json").read_text()) == MIQU | {"torch_dtype": "float16"}
+    for folder in (fp16, gptq):
+        config = json.loads((folder / "config.json").read_text())
+        assert config.pop("quantization_config", {}).get("quant_method") == ("gptq" if folder == gptq else None)
+        assert config == MIQU | {"torch_dtype": "float16"}
     written = {"general.type", "general.size_label"}  # by every converter, but not into this toy
     assert changed(miqu, back) <= {*ROUND, *written, "general.file_type", "tokenizer.ggml.scores"}
     probe = " <s> [INST] Wer bist\tdu?  [/INST] Ich 🙂"
@@ -237,7 +242,7 @@ def test_a_miqu_comes_back_with_every_value(quantized, miqu, tmp_path):
     assert a.tokenize(probe, True, True) == b.tokenize(probe, True, True)
     assert open_model(back).tokenizer().encode_special(probe) == a.tokenize(probe, special=True)
     a.close(), b.close()
-    agree(theirs(back), ours(fp16))
+    agree(theirs(back), ours(gptq))
 
 
 @pytest.fixture(scope="module")
