@@ -45,12 +45,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class TensorDone:
-    """One tensor of one output is written; `loss` is the relative error made (see `targets.target.Solved`)."""
+    """One tensor of one output is written; `loss` and `log` are those of `targets.target.Solved`."""
 
     target: str
     row: Row
     loss: float
     seconds: float
+    log: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def _each(products: list[_Product], piece: Piece) -> Iterator[Event]:
             p.storing = p.thread.submit(_store, p, solved)
             seconds, start = time.perf_counter() - start, time.perf_counter()
             p.seconds += seconds
-            yield TensorDone(p.output.target, rows[solved.source], solved.loss, seconds)
+            yield TensorDone(p.output.target, rows[solved.source], solved.loss, seconds, solved.log)
 
 
 def _store(p: _Product, solved: Solved) -> None:

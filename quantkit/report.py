@@ -108,6 +108,17 @@ def upcasts(model: Model, done: Iterable[TensorDone]) -> list[str]:
     return [_upcast(model, *types, tensors) for types, tensors in grown.items()]
 
 
+def fallbacks(done: Iterable[TensorDone]) -> list[str]:
+    """A warning for every output some of whose matrices were rounded and no more, with the first and the reason."""
+    rounded: dict[str, list[TensorDone]] = {}
+    for t in (t for t in done if t.log.get("fallback")):
+        rounded.setdefault(t.target, []).append(t)
+    return [
+        f"{target}: {len(ts)} matrices are rounded and no more, {ts[0].row.source} among them: {ts[0].log['fallback']}"
+        for target, ts in rounded.items()
+    ]
+
+
 def stored(model: Model, row: Row) -> int:
     """Bytes of what a row of a GGUF is made of, in the source; of all experts of a stack."""
     ref = model.tensors[row.source]
@@ -163,6 +174,7 @@ def variant_record(done: VariantDone, tensors: list[TensorDone], parameters: int
                 "bytes": t.row.nbytes,
                 "loss": t.loss,
                 "seconds": round(t.seconds, 4),
+                **t.log,
             }
             for t in tensors
         ],

@@ -78,7 +78,7 @@ def test_tensors_and_configuration_come_back(families, name):
         assert model.config[key] == source.config[key], key
 
 
-@pytest.mark.parametrize("name", [n for n in FAMILIES if n not in EXPERTS])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_awqs_folds_leave_every_block_as_it_was(families, name):
     """Scales in norms (Gemma's multiply by 1 + w) and matrices cancel: if nothing is rounded, nothing changes."""
     model = open_model(families / name)

@@ -21,7 +21,7 @@ from quantkit.model import Model, open_model
 from quantkit.overlap import refuse_overlap
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import GGUF, Recipe, load_recipe
-from quantkit.report import fingerprinting, report, text_record, upcasts, variant_record
+from quantkit.report import fallbacks, fingerprinting, report, text_record, upcasts, variant_record
 
 
 def command(
@@ -129,7 +129,8 @@ def _run(
                     failed.append(error)
     if not variants:  # all failed: nothing was made, and nothing is left to lay a report beside
         return failed
-    grown = upcasts(model, (t for done in tensors.values() for t in done))
+    every = [t for done in tensors.values() for t in done]
+    grown = [*upcasts(model, every), *fallbacks(every)]
     for warning in grown:
         err.print(f"warning: {warning}", soft_wrap=True)
     record = report(

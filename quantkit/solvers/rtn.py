@@ -1,7 +1,8 @@
-"""Round to nearest: the range of each group from its extremes, weights to the nearest code; blind to activations."""
+"""Round to nearest: the range of each group from its extremes, or searched under the importance of its columns."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from quantkit.codecs.grid import Grid, Quantized
@@ -12,6 +13,17 @@ def rtn(weight: Tensor, stats: Stats | None, grid: Grid) -> Quantized:
     """Quantize `weight` (N, K) on `grid`; `stats` is not looked at."""
     groups = weight.float().unflatten(1, (-1, grid.group))
     return rounded(groups, *grid.plain(groups), grid)
+
+
+def weighted(weight: Tensor, stats: Stats, grid: Grid) -> Quantized:
+    """Quantize `weight` (N, K) on `grid`, each group's range searched under the importance of its columns.
+
+    A column that no calibration token reached counts as an average one.
+    """
+    importance = stats.importance
+    seen = torch.where(importance == 0, importance.mean(), importance)
+    groups = weight.float().unflatten(1, (-1, grid.group))
+    return rounded(groups, *grid.fit(groups, seen.unflatten(0, (-1, grid.group))), grid)
 
 
 def rounded(groups: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Quantized:

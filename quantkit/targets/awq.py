@@ -13,6 +13,7 @@ from quantkit.codecs.packed import pack_awq
 from quantkit.errors import UsageError
 from quantkit.model import Model
 from quantkit.solvers.awq import awq_round, awq_scale
+from quantkit.solvers.rtn import weighted
 from quantkit.targets.target import (
     Calibration,
     Choices,
@@ -24,8 +25,8 @@ from quantkit.targets.target import (
     fitting_group,
     folder_output,
     linear,
-    readers_of,
     require_multiples,
+    scarce,
     weight_loss,
 )
 
@@ -42,15 +43,19 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
     def solve(piece: Piece) -> Iterator[Solved]:
         weights, scales = fold(piece, grid)
         for name, weight in weights.items():
-            reads = piece.refs[name].placed.weight.reads
-            if not reads or not name.endswith(".weight"):
+            placed = piece.refs[name].placed
+            if not placed.reads or placed.weight.kept:
                 yield dense(name, weight, torch.float16)
                 continue
-            stats, scale = piece.stats[reads], scales.get(reads, torch.ones(1, device=weight.device))
-            q = awq_round(weight, stats, grid, scale.expand(weight.shape[1]))
+            stats, scale = piece.stats[placed.reads], scales.get(name, torch.ones(1, device=weight.device))
+            if fallback := scarce(piece, placed.reads):
+                q = weighted(weight, stats, grid)
+            else:
+                q = awq_round(weight, stats, grid, scale.expand(weight.shape[1]))
             value, stem = q.dequantize(), name.removesuffix(".weight")
             parts = {f"{stem}.{part}": t for part, t in pack_awq(q).items()}
-            yield Solved(name, parts, value, weight_loss(weight / scale, value / scale, stats))
+            log = {"fallback": fallback} if fallback else {}
+            yield Solved(name, parts, value, weight_loss(weight / scale, value / scale, stats), log)
 
     config = {
         "quant_method": "awq",
@@ -59,7 +64,7 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
         "zero_point": True,
         "sym": False,  # AutoRound takes true where the key is absent, and then drops the zeros
         "version": "gemm",
-        "modules_to_not_convert": ["lm_head"],
+        "modules_to_not_convert": ["lm_head", *(w.hf for w in model.arch.block if w.kept)],
     }
     parts = {
         name: [
@@ -74,30 +79,43 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
 
 
 def fold(piece: Piece, grid: Grid) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The block's weights with AWQ's scales moved in, and the scales by activation.
+    """The block's weights with AWQ's scales moved in, and the scale of each matrix that has one.
 
     Each scale multiplies the columns of the matrices that read an activation and divides the rows of what makes it. The
     last activation of the block comes first, so that a producer's rows are final when its own columns are searched.
-    A producer of another width (the value projection under grouped-query attention) leaves its activation unscaled.
+    A producer of another width (the value projection under grouped-query attention) leaves its activation unscaled, and
+    an expert that too few tokens asked for its own.
     """
     weights, scales = dict(piece.weights), {}
-    by_row = {ref.placed.weight.gguf: name for name, ref in piece.refs.items() if name.endswith(".weight")}
-    readers = readers_of(piece)
-    for producer, consumers in reversed(piece.model.arch.folds()):
-        if not consumers or producer.gguf not in by_row:
+    for maker, names, activation in _sites(piece):
+        searched = [weights[n] for n in names if not piece.refs[n].placed.weight.kept]
+        if weights[maker].shape[0] != searched[0].shape[1] or scarce(piece, activation):
             continue
-        activation = str(consumers[0].reads)
-        names, maker = readers[activation], by_row[producer.gguf]
-        if weights[maker].shape[0] != weights[names[0]].shape[1]:
-            continue
-        scale = awq_scale(torch.cat([weights[n] for n in names]), piece.stats[activation], grid)
+        scale = awq_scale(torch.cat(searched), piece.stats[activation], grid)
         for n in names:
             weights[n] = weights[n] * scale
+            scales[n] = scale
+        producer = piece.refs[maker].placed.weight
         for n in (maker, maker.removesuffix(".weight") + ".bias"):
             if n in weights:
                 weights[n] = producer.divided(weights[n], scale, piece.model.config)
-        scales[activation] = scale
     return weights, scales
+
+
+def _sites(piece: Piece) -> Iterator[tuple[str, list[str], str]]:
+    """What makes an activation, what reads it, and its name: the last of a block first, each expert's for itself.
+
+    All experts together read what the router reads, whose statistics are of every token.
+    """
+    at: dict[str, list[tuple[int | None, str]]] = {}
+    for name, ref in piece.refs.items():
+        if name.endswith(".weight"):
+            at.setdefault(ref.placed.weight.gguf, []).append((ref.placed.expert, name))
+    for producer, consumers in reversed(piece.model.arch.folds()):
+        for expert, maker in at.get(producer.gguf, []):
+            names = [n for c in consumers for e, n in at[c.gguf] if expert is None or e == expert]
+            if names:
+                yield maker, names, f"{producer.writes}" if expert is None else f"{producer.writes}.{expert}"
 
 
 FAMILY = Family("awq, awq-4bit-64g", re.compile(r"awq(?:-(?P<bits>\d+)bit)?(?:-(?P<group>\d+)g)?", re.IGNORECASE), plan)

@@ -14,6 +14,7 @@ from quantkit.errors import UsageError
 from quantkit.files.safetensors import Spec
 from quantkit.model import Model
 from quantkit.solvers.gptq import DAMP, gptq
+from quantkit.solvers.rtn import weighted
 from quantkit.targets.target import (
     Calibration,
     Choices,
@@ -27,6 +28,7 @@ from quantkit.targets.target import (
     linear,
     readers_of,
     require_multiples,
+    scarce,
     weight_loss,
 )
 
@@ -53,11 +55,13 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
                 yield dense(name, weight, torch.float16)
         for activation, names in groups.items():
             weights = [piece.weights[n] for n in names]
-            solved = gptq(torch.cat(weights), piece.stats[activation], grid)
+            fallback = scarce(piece, activation)
+            solved = (weighted if fallback else gptq)(torch.cat(weights), piece.stats[activation], grid)
             for name, weight, q in zip(names, weights, solved.rows([len(w) for w in weights]), strict=True):
                 value, stem = q.dequantize(), name.removesuffix(".weight")
                 parts = {f"{stem}.{part}": t for part, t in pack_gptq(q, bits).items()}
-                yield Solved(name, parts, value, weight_loss(weight, value, piece.stats[activation]))
+                log = {"fallback": fallback} if fallback else {}
+                yield Solved(name, parts, value, weight_loss(weight, value, piece.stats[activation]), log)
 
     config = {
         "quant_method": "gptq",

@@ -25,6 +25,7 @@ from quantkit.stats import Stats, error
 from quantkit.targets.layers import LayerRule
 
 CPU = torch.device("cpu")
+SCARCE = 0.005  # of the calibration tokens: a Gram matrix of fewer says little of an expert
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class Solved:
     parts: dict[str, Tensor]
     value: Tensor | None
     loss: float
+    log: dict[str, Any] = field(default_factory=dict)  # how a solver came to it, for the report
 
 
 @dataclass(frozen=True)
@@ -218,10 +220,17 @@ def readers_of(piece: Piece) -> dict[str, list[str]]:
     return groups
 
 
+def scarce(piece: Piece, activation: str) -> str:
+    """Why matrices that read an activation are rounded and no more: too few tokens asked for their expert; or ""."""
+    router = next((w.reads for w in piece.model.arch.block if w.kept), None)
+    if router is None or activation not in {r.placed.reads for r in piece.refs.values() if r.placed.expert is not None}:
+        return ""
+    rows, tokens = piece.stats[activation].rows, piece.stats[router].rows
+    return f"{rows} of {tokens} calibration tokens" if rows < SCARCE * tokens else ""
+
+
 def fitting_group(model: Model, asked: int | None, choices: Sequence[int] = (128, 64, 32)) -> tuple[int, str]:
     """The group size and the words that explain it; UsageError naming the first tensor that `asked` does not divide."""
-    if any(r.placed.expert is not None for r in model.tensors.values()):
-        raise UsageError("mixtures of experts are not packed", where=model.name, hint="choose fp16 or a GGUF target")
     widths = sorted({r.shape[1] for r in linear(model).values()})
     fits = [g for g in choices if all(w % g == 0 for w in widths)]
     if asked is None:
