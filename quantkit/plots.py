@@ -1,0 +1,73 @@
+"""Pictures for a model card: KL and perplexity against size, with error bars, and the Pareto front as a line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from quantkit.compare import Row
+from quantkit.files.atomic import staged
+
+FORMATS = ("png", "svg")
+
+
+def draw(rows: Sequence[Row], title: str, dark: bool = False) -> Any:
+    """A figure of two panels; broken variants are left out, since they would set the scale."""
+    import matplotlib
+
+    matplotlib.rcParams["svg.hashsalt"] = "quantkit"  # the same picture, the same bytes
+    from matplotlib.figure import Figure
+
+    ink = "#e6e6e6" if dark else "#222222"
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    figure.patch.set_alpha(0.0 if dark else 1.0)
+    figure.suptitle(title, color=ink, fontsize=10)
+    whole = [r for r in rows if not r.broken]
+    left, right = figure.subplots(1, 2)
+    _panel(left, whole, [_kl(r) for r in whole], "mean KL (nats)", ink)
+    _panel(right, whole, [(r.candidate.score.perplexity, r.candidate.score.stderr) for r in whole], "perplexity", ink)
+    if whole and min(_kl(r)[0] for r in whole) > 0:
+        left.set_yscale("log")
+    return figure
+
+
+def _panel(axes: Any, rows: Sequence[Row], values: Sequence[tuple[float, float]], label: str, ink: str) -> None:
+    axes.set_facecolor("none")
+    axes.set_xlabel("size (MB of 1e6 bytes)", color=ink)
+    axes.set_ylabel(label, color=ink)
+    axes.tick_params(colors=ink)
+    axes.grid(alpha=0.25)
+    for spine in axes.spines.values():
+        spine.set_color(ink)
+    for row, (value, error) in zip(rows, values, strict=True):
+        size, color = row.candidate.nbytes / 1e6, "#2b7bba" if row.front else "#999999"
+        axes.errorbar(size, value, yerr=error, fmt="o", color=color, capsize=3)
+        axes.annotate(
+            row.candidate.name, (size, value), xytext=(5, 4), textcoords="offset points", fontsize=8, color=ink
+        )
+    front = sorted((r.candidate.nbytes / 1e6, v) for r, (v, _) in zip(rows, values, strict=True) if r.front)
+    axes.plot([x for x, _ in front], [y for _, y in front], color="#2b7bba", linewidth=1, alpha=0.6)
+
+
+def _kl(row: Row) -> tuple[float, float]:
+    kl = row.candidate.score.kl_divergence
+    return (kl.mean, kl.stderr) if kl else (0.0, 0.0)
+
+
+def rendered(rows: Sequence[Row], title: str, kind: str, dark: bool = False) -> bytes:
+    """The picture as the bytes of a `png` or `svg` file."""
+    out = BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {}
+    draw(rows, title, dark).savefig(out, format=kind, dpi=150, metadata=metadata)
+    return out.getvalue()
+
+
+def write_plots(rows: Sequence[Row], title: str, folder: Path) -> list[Path]:
+    """`pareto.png` and `pareto.svg` in `folder`; their paths."""
+    paths = [folder / f"pareto.{kind}" for kind in FORMATS]
+    for path, kind in zip(paths, FORMATS, strict=True):
+        with staged(path, replace=True) as partial:
+            partial.write_bytes(rendered(rows, title, kind))
+    return paths
