@@ -16,7 +16,7 @@ import sentencepiece
 import transformers
 from llama_oracle import Oracle
 from models import VOCABS, fetch_source
-from texts import TEXTS
+from texts import DECOMPOSED, TEXTS
 from transformers import AutoTokenizer
 
 from quantkit.arch.pretokenizers import PRE_TOKENIZERS
@@ -88,6 +88,22 @@ def case(request: pytest.FixtureRequest, built: Callable[[str], Built]) -> Itera
 
 def test_plain_text_has_the_ids_of_llama_cpp(case: Case) -> None:
     assert case.differences(special=False) == []
+
+
+def test_qwens_texts_are_composed_as_its_own_tokenizer_composes_them(built: Callable[[str], Built]) -> None:
+    """The difference from llama.cpp that stays (docs/verification.md): it has no normalizer, the model's has one."""
+    made = built("qwen2")
+    ours, oracle = load_tokenizer(made.files), Oracle(made.path, context=False)
+    differ = [t for t in TEXTS if ours.encode(t) != oracle.tokenize(t)]
+    oracle.close()
+    assert differ == [
+        *("a\u0301", "e\u0301\u0302\u0303", "e\u0301" * 15),
+        *(t for t in DECOMPOSED if "\u0995" not in t),  # Bengali stays as it is under NFC
+        "a\u0301b",
+    ]
+    stored = json.loads(made.files["tokenizer.json"])["model"]
+    own = transformers.Qwen2Tokenizer(vocab=stored["vocab"], merges=[tuple(m) for m in stored["merges"]])
+    assert [own(t)["input_ids"] for t in differ] == [ours.encode(t) for t in differ]
 
 
 def test_text_with_special_tokens_has_the_ids_of_llama_cpp(case: Case) -> None:
