@@ -7,8 +7,10 @@ both drop the interpreter's lock. On another device one thread gives the orders,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import TypeVar
 
 import torch
@@ -33,8 +35,25 @@ def slabs(rows: int, width: int, device: torch.device | str = "cpu", first: int 
 
 def share_out(work: Callable[[slice], T], parts: Sequence[slice], device: torch.device | str = "cpu") -> list[T]:
     """What `work` returns for each of `parts`, in order; on the CPU by as many threads as torch uses."""
-    threads = min(torch.get_num_threads(), len(parts)) if torch.device(device).type == "cpu" else 1
-    if threads < 2:
+    threads = torch.get_num_threads()
+    if threads < 2 or len(parts) < 2 or torch.device(device).type != "cpu":
         return [work(part) for part in parts]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, parts))
+    return list(_pool(threads).map(work, parts))
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads in which torch uses one core each: as they are, every one would bring a team of its own to every step."""
+    started = Barrier(threads + 1)
+
+    def alone() -> None:
+        torch.get_num_threads()  # a thread's first question sets it to the default
+        torch.set_num_threads(1)  # of this thread, and what later threads begin with: the caller puts that right
+        started.wait()
+
+    pool = ThreadPoolExecutor(threads, initializer=alone)
+    for _ in range(threads):
+        pool.submit(int)
+    started.wait()
+    torch.set_num_threads(threads)
+    return pool
