@@ -25,4 +25,5 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
     return folder_output(name, name, f"every tensor as {name}", model, {}, "cast", solve, dtype)
 
 
-FAMILY = Family("fp16, bf16, fp32", re.compile(r"fp16|bf16|fp32", re.IGNORECASE), plan)
+# In capitals, BF16 is a GGUF, as F16 is.
+FAMILY = Family("fp16, bf16, fp32", re.compile(r"(?i:fp16|fp32)|bf16"), plan)
