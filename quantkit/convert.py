@@ -26,6 +26,7 @@ from quantkit.forward import Network, States, embed, network, readers, run, watc
 from quantkit.importance import Sums, imatrix_of, squares
 from quantkit.model import Model, Ref, open_model
 from quantkit.plan import Plan
+from quantkit.prefix import Inputs, prefix
 from quantkit.seal import check_seals, seal
 from quantkit.stats import Stats
 from quantkit.targets import Output, Piece, Row, Solved
@@ -193,11 +194,19 @@ def _solve(
         yield from _each(products, Piece(model, {name: ref}, weights, {}, device))
         yield Progress(stage, done + 1, total)
     states = embed(net, calibration) if net and calibration is not None else None
+    rows = {p.output.target: prefix(states) for p in products if states and p.output.behind}
     for layer in range(model.layers):
         refs = {ref.placed.hf: ref for ref in model.block(layer).values()}
         weights = _held(refs, device) if net and states else {}
+        before = prefix(states) if states and rows else None
         stats = _statistics(net, states, layer, weights) if net and states else {}
-        yield from _each(products, Piece(model, refs, weights, stats, device))
+        others = [p for p in products if p.output.target not in rows]
+        yield from _each(others, Piece(model, refs, weights, stats, device))
+        for p in products:
+            if net and before and p.output.target in rows:
+                inputs = Inputs(net, layer, before, rows[p.output.target], weights)
+                yield from _each([p], Piece(model, refs, weights, inputs, device))
+                inputs.advance()
         sums |= squares(layer, stats)
         yield Progress(stage, len(outer) + layer + 1, total)
 
@@ -222,6 +231,8 @@ def _each(products: list[_Product], piece: Piece) -> Iterator[Event]:
         rows = {r.source: r for r in p.output.rows}
         start = time.perf_counter()
         for solved in p.output.solve(piece):
+            if isinstance(piece.stats, Inputs):
+                piece.stats.take(solved.source, solved.value)
             p.settle()
             p.storing = p.thread.submit(_store, p, solved)
             seconds, start = time.perf_counter() - start, time.perf_counter()

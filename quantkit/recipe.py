@@ -91,6 +91,7 @@ class Recipe(BaseModel):
     eval_chunks: Annotated[int, Field(ge=1)] | None = None  # None: all the text gives
     ctx: Annotated[int, Field(ge=8)] = 512
     device: str = "auto"
+    inputs: Literal["quantized", "source"] = "quantized"  # GPTQ: what its layers are calibrated on
     # of the source: facts stated over its own, and a chat template (a file or a built-in name)
     override: tuple[Annotated[str, AfterValidator(_fact)], ...] = ()
     chat_template: str | None = None
@@ -121,6 +122,7 @@ class Recipe(BaseModel):
             Path(self.imatrix) if self.imatrix else None,
             tuple(LayerRule(pattern, layer.type) for pattern, layer in self.layers.items()),
             self.solver,
+            self.inputs,
         )
 
 

@@ -27,6 +27,7 @@ from quantkit.recipe import Recipe
 from quantkit.targets import Row
 from quantkit.targets.mixtures import PLAIN
 
+LAYER_COLUMNS = ("target", "tensor", "solver", "loss_rounded", "loss", "damp", "order", "fallback", "seconds")
 LIBRARIES = ("torch", "transformers", "tokenizers", "gguf", "libggml-python", "numpy", "safetensors")
 
 
@@ -179,6 +180,16 @@ def variant_record(done: VariantDone, tensors: list[TensorDone], parameters: int
             for t in tensors
         ],
     }
+
+
+def layers_csv(variants: Iterable[dict[str, Any]]) -> str:
+    """How each layer was solved, as a table: one line for every tensor with a solver's log; "" without any."""
+    lines = []
+    for v in variants:
+        for t in (t for t in v["tensors"] if "loss_rounded" in t):
+            cells = {"target": v["target"], "tensor": t["name"]} | t
+            lines.append(",".join("" if cells[c] is None else str(cells[c]) for c in LAYER_COLUMNS))
+    return "\n".join([",".join(LAYER_COLUMNS), *lines]) + "\n" if lines else ""
 
 
 def report(

@@ -92,7 +92,7 @@ def test_the_report_keeps_its_contract(made):
     assert [v["target"] for v in report["variants"]] == list(TARGETS)
     for v in report["variants"]:
         assert v.keys() >= VARIANT_KEYS and v["verified"] is True
-        assert v["kl_divergence"].keys() == {"mean", "stderr", "median", "p99", "max"}
+        assert v["kl_divergence"].keys() >= {"mean", "stderr", "median", "p99", "max"}
         path = out / v["path"]
         size = path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.iterdir())
         assert size == v["bytes"]
@@ -103,7 +103,8 @@ def test_the_report_keeps_its_contract(made):
 def test_outputs_rank_as_their_bits_do(made):
     kl = {v["target"]: v["kl_divergence"]["mean"] for v in made[1]["variants"]}
     assert kl["fp16"] < 1e-5 and kl["Q8_0"] == pytest.approx(0, abs=1e-6)  # the source is Q8_0: copied
-    assert kl["fp16"] < kl["gptq-8bit-32g"] < kl["gptq"] < kl["gptq-3bit-64g"]
+    assert kl["gptq-8bit-32g"] < 1e-5  # a grid that holds Q8_0 exactly
+    assert kl["fp16"] < kl["gptq"] < kl["gptq-3bit-64g"]
 
 
 def test_the_dry_run_says_what_then_happens(made, options, tmp_path):
@@ -273,8 +274,8 @@ def test_an_output_that_does_not_read_back_gets_no_name(monkeypatch, options, tm
     from quantkit.codecs.packed import pack_gptq
     from quantkit.targets import gptq
 
-    def broken(q, bits):
-        parts = pack_gptq(q, bits)
+    def broken(q, bits, v2):
+        parts = pack_gptq(q, bits, v2)
         parts["qweight"][0, 0] ^= 1
         return parts
 

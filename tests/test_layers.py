@@ -31,6 +31,7 @@ ALLOWED = {
     "tasks": {"forward", "model", "scoring"},
     "plots": {"compare", "files"},
     "page": {"compare", "files", "plots"},
+    "prefix": {"forward", "stats"},
     "targets": {"model", "arch", "codecs", "files", "solvers", "stats"},
     "recipe": {"resources", "codecs", "targets"},
     "importance": {"files", "forward", "model", "stats", "targets"},
@@ -38,7 +39,7 @@ ALLOWED = {
     "verify": {"targets", "model", "codecs"},
     "seal": {"targets", "model", "codecs", "files", "verify"},
     "convert": {"plan", "targets", "model", "files", "forward", "evaluate", "verify", "stats", "corpus"}
-    | {"importance", "seal"},
+    | {"importance", "prefix", "seal"},
     "selfcal": {"forward", "model", "corpus", "files"},
     "hardware": set(),
     "memory": {"model", "targets"},

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantkit.codecs.grid import Grid
+from quantkit.codecs.grid import Grid, Quantized
 from quantkit.errors import BadInput
+from quantkit.solvers import gptq as solver
 from quantkit.solvers.awq import awq_round, awq_scale
-from quantkit.solvers.gptq import gptq, group_aware_order, inverse_factor
+from quantkit.solvers.gptq import damped_factor, group_aware_order
 from quantkit.solvers.rtn import rtn
 from quantkit.stats import Stats, error
 
@@ -21,6 +22,10 @@ def correlated(seed: int = 0, rows: int = 400, width: int = K) -> Stats:
     mix = torch.randn(width, width, generator=g) / width**0.5 + torch.eye(width)
     x = torch.randn(rows, width, generator=g) @ mix * (0.1 + 3 * torch.rand(width, generator=g) ** 4)
     return Stats.zeros(width).add(x)
+
+
+def gptq(weight: torch.Tensor, stats: Stats, grid: Grid, **options: float) -> Quantized:
+    return solver.gptq(weight, stats, grid, **options).quantized
 
 
 def weight(seed: int = 1, n: int = N, width: int = K) -> torch.Tensor:
@@ -48,7 +53,7 @@ def test_gptq_corrects_the_last_column_as_the_closed_form_says():
     """Two columns, one group: the second is rounded at w2 + (w1 - q1) * h12 / h22 (Frantar et al. 2022, eq. 2)."""
     h = torch.tensor([[4.0, 1.5], [1.5, 2.0]])
     w = torch.tensor([[0.83, -0.41], [0.27, 0.64]])
-    q = gptq(w, Stats(h * 50, torch.ones(2), 100), Grid(3, 2), damp=0.0)
+    q = gptq(w, Stats(h * 50, torch.ones(2), 100), Grid(3, 2), damp=0.0, polishing=0)
     scale, values = q.scales.float(), q.dequantize()
     second = w[:, 1] + (w[:, 0] - values[:, 0]) * h[0, 1] / h[1, 1]
     assert torch.equal(q.codes[:, 1].float(), torch.round(second / scale[:, 0] + 4).clamp(0, 7))
@@ -95,11 +100,11 @@ def test_few_rows_give_a_singular_hessian_and_still_an_answer():
     assert made["gptq"] < made["rtn"] < torch.inf
 
 
-def test_the_factor_is_that_of_the_inverse():
+def test_the_factor_is_that_of_the_damped_hessian():
     h = correlated().hessian
-    upper = inverse_factor(h, 0.01)
-    damped = h + 0.01 * h.diagonal().mean() * torch.eye(K)
-    assert torch.allclose(upper.T @ upper @ damped, torch.eye(K), atol=1e-3)
+    lower, damp = damped_factor(h, 0.01)
+    assert damp == 0.01
+    assert torch.allclose(lower @ lower.T, h + 0.01 * h.diagonal().mean() * torch.eye(K), rtol=1e-4)
 
 
 def test_statistics_that_are_not_finite_are_refused():

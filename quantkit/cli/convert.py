@@ -23,7 +23,7 @@ from quantkit.model import Model, open_model
 from quantkit.overlap import refuse_overlap
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import GGUF, Recipe, load_recipe
-from quantkit.report import fallbacks, fingerprinting, report, text_record, upcasts, variant_record
+from quantkit.report import fallbacks, fingerprinting, layers_csv, report, text_record, upcasts, variant_record
 
 
 def command(
@@ -45,6 +45,9 @@ def command(
     target_size: Annotated[str | None, typer.Option(help="A GGUF of this size (22GiB), of the best types.")] = None,
     target_bpw: Annotated[float | None, typer.Option(help="A GGUF of so many bits a weight.")] = None,
     solver: Annotated[str | None, typer.Option(help="GGUF: gptq, to compensate rounding errors.")] = None,
+    inputs: Annotated[
+        str | None, typer.Option(help="GPTQ: calibrate behind the layers as quantized, or on the source's activations.")
+    ] = None,
     imatrix: Annotated[str | None, typer.Option(help="GGUF: an importance matrix, in place of calibrating.")] = None,
     output_type: Annotated[str | None, typer.Option(help="GGUF: the type of the output matrix.")] = None,
     token_embedding_type: Annotated[str | None, typer.Option(help="GGUF: the type of the token embedding.")] = None,
@@ -73,6 +76,7 @@ def command(
         "target_size": target_size,
         "target_bpw": target_bpw,
         "solver": solver,
+        "inputs": inputs,
         "imatrix": imatrix,
         "output_type": output_type,
         "token_embedding_type": token_embedding_type,
@@ -153,6 +157,9 @@ def _run(
     if GGUF in settings.to:
         write_recipe(settings, output / "recipe.yaml")
     pictures = illustrate_conversion(model, record, output, scores, words, chunks, device)
+    if solved := layers_csv(variants):
+        with staged(output / "layers.csv", replace=True) as partial:
+            partial.write_text(solved)
     if as_json:
         print(json.dumps(record, indent=2))
         return failed

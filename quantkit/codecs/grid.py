@@ -18,11 +18,15 @@ SHRINK = tuple(1.0 - i / 32 for i in range(17))
 
 @dataclass(frozen=True)
 class Quantized:
-    """Codes of a weight (N, K) in groups of K/G columns: w = scales[n, k//g] * (codes[n, k] - zeros[n, k//g])."""
+    """Codes of a weight (N, K) in groups of K/G columns: w = scales[n, k//g] * (codes[n, k] - zeros[n, k//g]).
+
+    Where columns were grouped in another order, `index` has the group of each in place of k//g.
+    """
 
     codes: Tensor  # (N, K) uint8
     scales: Tensor  # (N, G) float16
     zeros: Tensor  # (N, G) uint8
+    index: Tensor | None = None  # (K,) int32
 
     @property
     def group(self) -> int:
@@ -31,13 +35,19 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """(N, K) float32; exact, since an fp16 scale times a small integer has a float32."""
-        levels = self.codes.float() - self.zeros.float().repeat_interleave(self.group, 1)
-        return levels * self.scales.float().repeat_interleave(self.group, 1)
+        index = self.groups.long()
+        return (self.codes.float() - self.zeros.float()[:, index]) * self.scales.float()[:, index]
+
+    @property
+    def groups(self) -> Tensor:
+        """The group of each column, (K,) int32: GPTQ's `g_idx`."""
+        columns = torch.arange(self.codes.shape[1], device=self.codes.device, dtype=torch.int32)
+        return columns // self.group if self.index is None else self.index
 
     def rows(self, sizes: list[int]) -> list[Quantized]:
         """Cut by rows: the inverse of solving several weights of one input as one."""
         parts = zip(self.codes.split(sizes), self.scales.split(sizes), self.zeros.split(sizes), strict=True)
-        return [Quantized(*p) for p in parts]
+        return [Quantized(*p, self.index) for p in parts]
 
 
 @dataclass(frozen=True)

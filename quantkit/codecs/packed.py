@@ -11,6 +11,10 @@ AWQ "gemm" (AutoAWQ `packing_utils.py`), 4 bits only:
     qweight int32 (K, N/8)       nibble i of word c is column 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i]
     qzeros  int32 (K/g, N/8)     the same order, no -1
     scales  fp16  (K/g, N)
+compressed-tensors "pack-quantized" (its `pack_quantized/helpers.py`), codes as they are here, none negative:
+    weight_packed int32 (N, K*b/32)       codes along K, low bits first
+    weight_scale  fp16  (N, K/g)          weight_shape int64 (2,): N, K
+    weight_zero_point int32 (N*b/32, K/g) along N, where zeros are not all 2^(b-1)
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from quantkit.errors import FormatError
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 AWQ_PARTS = ("qweight", "qzeros", "scales")
+COMPRESSED_PARTS = ("weight_packed", "weight_scale", "weight_shape")
+_DAMAGED = "the folder is damaged"
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -51,7 +57,7 @@ def pack_gptq(q: Quantized, bits: int, v2: bool = False) -> dict[str, Tensor]:
         "qweight": pack_bits(q.codes.T, bits),
         "qzeros": pack_bits(zeros.T, bits).T.contiguous(),
         "scales": q.scales.T.contiguous(),
-        "g_idx": (torch.arange(q.codes.shape[1]) // q.group).to(torch.int32),
+        "g_idx": q.groups,
     }
 
 
@@ -63,6 +69,16 @@ def pack_awq(q: Quantized) -> dict[str, Tensor]:
         return pack_bits(ordered.T, 4).T.contiguous()
 
     return {"qweight": words(q.codes.T), "qzeros": words(q.zeros.T), "scales": q.scales.T.contiguous()}
+
+
+def pack_compressed(q: Quantized, bits: int, symmetric: bool = True) -> dict[str, Tensor]:
+    """Quantized (N, K) -> the tensors of a pack-quantized layer; its zeros are stored where the grid is asymmetric."""
+    parts = {
+        "weight_packed": pack_bits(q.codes.T, bits).T.contiguous(),
+        "weight_scale": q.scales,
+        "weight_shape": torch.tensor(q.codes.shape),
+    }
+    return parts if symmetric else parts | {"weight_zero_point": pack_bits(q.zeros, bits)}
 
 
 def unpack_bits(words: np.ndarray, bits: int) -> np.ndarray:
@@ -80,7 +96,7 @@ def unpack_gptq(parts: Mapping[str, Tensor], bits: int, v2: bool, where: str) ->
         zeros = (zeros + 1) & (2**bits - 1)  # v1 wraps: a stored all-ones is zero 0 (AutoGPTQ)
     scales, group = parts["scales"].numpy().astype(np.float32), parts["g_idx"].numpy()
     if codes.shape[0] != len(group) or (len(group) and not 0 <= group.min() <= group.max() < len(scales)):
-        raise FormatError("g_idx does not match qweight and scales", where=where, hint="the folder is damaged")
+        raise FormatError("g_idx does not match qweight and scales", where=where, hint=_DAMAGED)
     return torch.from_numpy(((codes - zeros[group]) * scales[group]).T.copy())
 
 
@@ -95,6 +111,23 @@ def unpack_awq(parts: Mapping[str, Tensor], where: str) -> Tensor:
     codes, zeros = rows(parts["qweight"].numpy()), rows(parts["qzeros"].numpy())
     scales = parts["scales"].numpy().astype(np.float32)
     if codes.shape[0] % len(scales) or zeros.shape != scales.shape:
-        raise FormatError("qweight, qzeros and scales do not fit together", where=where, hint="the folder is damaged")
+        raise FormatError("qweight, qzeros and scales do not fit together", where=where, hint=_DAMAGED)
     group = np.arange(len(codes)) // (len(codes) // len(scales))
     return torch.from_numpy(((codes - zeros[group]) * scales[group]).T.copy())
+
+
+def unpack_compressed(parts: Mapping[str, Tensor], bits: int, where: str) -> Tensor:
+    """The tensors of a pack-quantized layer -> weight (N, K) float32; symmetric where there are no zeros."""
+    n, k = map(int, parts["weight_shape"])
+    packed, scales = parts["weight_packed"].numpy(), parts["weight_scale"].float().numpy()
+    count = parts["weight_scale"].shape[-1]
+    if packed.shape != (n, -(-k * bits // 32)) or scales.shape != (n, count) or k % count:
+        raise FormatError("the packed weight, its scale and shape do not fit together", where=where, hint=_DAMAGED)
+    codes = unpack_bits(packed.T, bits)[:k].T.astype(np.int16)
+    zeros = np.full(scales.shape, 2 ** (bits - 1), dtype=np.int16)
+    if "weight_zero_point" in parts:
+        zeros = unpack_bits(parts["weight_zero_point"].numpy(), bits)[:n].astype(np.int16)
+    if zeros.shape != scales.shape:
+        raise FormatError("the zero points do not fit the scale", where=where, hint=_DAMAGED)
+    group = np.arange(k) // (k // count)
+    return torch.from_numpy((codes - zeros[:, group]) * scales[:, group])

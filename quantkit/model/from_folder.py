@@ -13,7 +13,7 @@ from quantkit import arch as families
 from quantkit.arch.facts import facts_of, stated
 from quantkit.arch.schema import Placed
 from quantkit.chat import ChatTemplate
-from quantkit.codecs.packed import AWQ_PARTS, GPTQ_PARTS, unpack_awq, unpack_gptq
+from quantkit.codecs.packed import AWQ_PARTS, COMPRESSED_PARTS, GPTQ_PARTS, unpack_awq, unpack_compressed, unpack_gptq
 from quantkit.errors import BadInput, FormatError, Unsupported
 from quantkit.files.safetensors import NAMES, Folder, open_folder
 from quantkit.model.given import stated_config, with_template
@@ -71,7 +71,7 @@ def _refuse_unknown(folder: Folder, refs: Mapping[str, Ref], config: Mapping[str
     for name in sorted(folder.entries.keys() - refs.keys()):
         stem, _, part = name.rpartition(".")
         tied = name == "lm_head.weight" and config.get("tie_word_embeddings")
-        packed = stem in stems and part in (*GPTQ_PARTS, *AWQ_PARTS, "g_idx")
+        packed = stem in stems and part in (*GPTQ_PARTS, *AWQ_PARTS, *COMPRESSED_PARTS, "g_idx", "weight_zero_point")
         zeros = part == "bias" and stem in stems and not bool(folder.read(name).any())
         if not (tied or packed or zeros or name.endswith("rotary_emb.inv_freq")):
             raise Unsupported(
@@ -103,7 +103,7 @@ def _packed_ref(
 ) -> Ref:
     stem = placed.hf.removesuffix(".weight")
     names = {part: f"{stem}.{part}" for part in parts}
-    if names["qweight"] not in folder.entries:
+    if names[parts[0]] not in folder.entries:
         return _dense_ref(folder, placed, {})
     if missing := [n for n in names.values() if n not in folder.entries]:
         raise BadInput(f"the tensor {missing[0]} is missing", where=folder.path, hint="the folder is not complete")
@@ -132,4 +132,16 @@ def _awq_ref(folder: Folder, placed: Placed, quantization: Mapping[str, Any]) ->
     return _packed_ref(folder, placed, "AWQ-4bit", AWQ_PARTS, lambda parts: unpack_awq(parts, placed.hf))
 
 
-_READERS = {"dense": _dense_ref, "gptq": _gptq_ref, "awq": _awq_ref}
+def _compressed_ref(folder: Folder, placed: Placed, quantization: Mapping[str, Any]) -> Ref:
+    groups = [*(quantization.get("config_groups") or {}).values()]
+    weights = groups[0].get("weights") or {} if len(groups) == 1 else {}
+    bits = int(weights.get("num_bits") or 0)
+    if quantization.get("format") != "pack-quantized" or weights.get("type") != "int" or bits not in range(2, 9):
+        raise Unsupported(
+            "only pack-quantized integers in one group of settings are read", where=folder.path, hint="see README"
+        )
+    parts = COMPRESSED_PARTS if weights.get("symmetric", True) else (*COMPRESSED_PARTS, "weight_zero_point")
+    return _packed_ref(folder, placed, f"CT-{bits}bit", parts, lambda found: unpack_compressed(found, bits, placed.hf))
+
+
+_READERS = {"dense": _dense_ref, "gptq": _gptq_ref, "awq": _awq_ref, "compressed-tensors": _compressed_ref}

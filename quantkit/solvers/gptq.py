@@ -3,9 +3,14 @@
 Frantar et al. 2022 (arXiv:2210.17323), in the form of IST-DASLab `gptq.py`, with these choices:
   - Group-aware order: groups, and columns inside a group, are visited by falling diag(H), so that the columns that
     matter most are rounded while the most others can still make up for them. Groups stay what they are on disk, so a
-    reader needs no permutation (`g_idx` stays k // g), unlike act-order.
+    reader needs no permutation (`g_idx` stays k // g), unlike act-order (`by_activation`).
   - The range of a group is searched under diag(H), on the weights as corrected so far, when its first column is due.
   - Codes are chosen under the fp16 scale that is stored.
+  - Where the statistics are of activations behind a quantized prefix, what is rounded is not the weight but the one
+    that comes nearest to the source's outputs on those activations (the asymmetric calibration of GPTAQ,
+    arXiv:2504.02692, in closed form: `aim`).
+  - Greedy choices are then reconsidered: `polish` goes over the groups again, and gives each its best scale and each
+    of its columns its best code, all others as they are. The error never grows.
 A column that no calibration token reached has an all-zero row in H: it is rounded, and neither gives nor takes errors.
 """
 
@@ -13,40 +18,128 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantkit.codecs.grid import Grid, Quantized
 from quantkit.errors import BadInput
-from quantkit.stats import Stats
+from quantkit.solvers.rtn import rtn, weighted
+from quantkit.stats import Stats, errors
 
-DAMP = 0.05  # of the mean diagonal, added to the diagonal; multiplied by 10 where the Cholesky factor does not exist
+DAMP = 0.3  # of the mean diagonal, added to the diagonal: with less, codes fit the calibration text only
+MOST_DAMP = 10.0  # no factor with this much on the diagonal: the statistics are of no use
+POLISH = 3  # times that all groups are reconsidered
 
 
-def gptq(weight: Tensor, stats: Stats, grid: Grid, damp: float = DAMP) -> Quantized:
-    """Quantize `weight` (N, K) on `grid`, minimizing tr(delta H delta^T) greedily.
+@dataclass(frozen=True)
+class Solution:
+    """What a solver found, and how: errors are tr(delta H delta^T) of each row (N,), energy that of the weight."""
+
+    quantized: Quantized
+    errors: Tensor
+    rounded: Tensor  # the errors of rounding to nearest
+    energy: Tensor
+    damp: float
+    fallback: str = ""  # why the weight is rounded and no more
+    order: str = "groups by importance"
+
+    @property
+    def loss(self) -> float:
+        """The share of the energy that is lost."""
+        return (self.errors.sum() / self.energy.sum().clamp_min(1e-30)).clamp_min(0).item()
+
+    @property
+    def log(self) -> dict[str, Any]:
+        """For the report: the loss of rounding alone, and how this one was found."""
+        rounded = (self.rounded.sum() / self.energy.sum().clamp_min(1e-30)).clamp_min(0).item()
+        return {"loss_rounded": rounded, "damp": self.damp, "order": self.order, "fallback": self.fallback or None}
+
+    def rows(self, sizes: list[int]) -> list[Solution]:
+        """Cut by rows: the inverse of solving several weights of one input as one."""
+        parts = (t.split(sizes) for t in (self.errors, self.rounded, self.energy))
+        cut = zip(self.quantized.rows(sizes), *parts, strict=True)
+        return [replace(self, quantized=q, errors=e, rounded=r, energy=w) for q, e, r, w in cut]
+
+
+def gptq(weight: Tensor, stats: Stats, grid: Grid, damp: float = DAMP, polishing: int = POLISH) -> Solution:
+    """Quantize `weight` (N, K) on `grid`, minimizing tr(delta H delta^T).
 
     Rows do not influence one another: weights that read the same activation may be stacked and solved as one. Raises
     BadInput where the statistics are not finite.
     """
-    hessian = stats.hessian
+    weight, hessian = weight.float(), stats.hessian
     if not bool(torch.isfinite(hessian).all()):
         raise BadInput("the calibration statistics are not finite", hint="the model overflows on this text")
+    if not bool(hessian.any()):
+        return _rounded(weight, hessian, grid, 0.0, "no calibration token reached it")
+    lower, damp = damped_factor(hessian, damp)
+    if lower is None:
+        return _rounded(weight, hessian, grid, damp, "its statistics have no Cholesky factor")
+    inverse = torch.cholesky_inverse(lower)
+    goal = aim(weight, stats, inverse)
+    found = _greedy(goal, hessian, inverse, grid)
+    if found is None:
+        return _rounded(goal, hessian, grid, damp, "its inverse has no Cholesky factor")
+    damped = lower @ lower.T
+    for _ in range(polishing):
+        found = polish(goal, damped, found, grid)
+    by_rounding = _rounded(goal, hessian, grid, damp, "solving did worse")
+    made = errors(found.dequantize() - goal, hessian)
+    better = bool(made.sum() <= by_rounding.errors.sum())
+    return replace(by_rounding, quantized=found, errors=made, fallback="") if better else by_rounding
+
+
+def by_activation(weight: Tensor, stats: Stats, grid: Grid) -> Solution:
+    """`gptq` with groups of columns of like importance, which a reader needs `g_idx` for (act-order, `desc_act`)."""
+    order = stats.importance.argsort(descending=True, stable=True)
+    found = gptq(weight[:, order], stats.permuted(order), grid)
+    q, back = found.quantized, torch.argsort(order)
+    q = replace(q, codes=q.codes[:, back], index=q.groups[back])
+    return replace(found, quantized=q, order="columns by importance")
+
+
+def rounding(weight: Tensor, stats: Stats, grid: Grid, why: str) -> Solution:
+    """`weight` rounded to nearest, its ranges searched under importance: where `why` speaks against solving."""
+    found = _rounded(weight.float(), stats.hessian, grid, 0.0, why)
+    q = weighted(weight, stats, grid)
+    return replace(found, quantized=q, errors=errors(q.dequantize() - weight, stats.hessian), order="none")
+
+
+def _rounded(weight: Tensor, hessian: Tensor, grid: Grid, damp: float, why: str) -> Solution:
+    q = rtn(weight, None, grid)
+    made = errors(q.dequantize() - weight, hessian)
+    return Solution(q, made, made, errors(weight, hessian), damp, why)
+
+
+def aim(weight: Tensor, stats: Stats, inverse: Tensor) -> Tensor:
+    """The weight (N, K) to round in place of `weight`: of least |W x~ - A x| over the source's activations x~.
+
+    A = W + W (sum of (x~ - x)^T x) (sum of x^T x)^-1, where `inverse` is that of the damped Hessian, 2/rows times it.
+    """
+    return weight if stats.drift is None else weight + weight @ (stats.drift * (2 / stats.rows)) @ inverse
+
+
+def _greedy(weight: Tensor, hessian: Tensor, inverse: Tensor, grid: Grid) -> Quantized | None:
+    """GPTQ proper; None where the inverse is not positive definite."""
     g = grid.group
     diagonal = hessian.diagonal()
     importance = torch.where(diagonal == 0, diagonal.mean(), diagonal)  # unseen is not worthless: an average column
     order = group_aware_order(importance, g)
-    upper = inverse_factor(hessian[order][:, order], damp)
-    w = weight.float()[:, order].T.contiguous()  # (K, N): the columns in their order, each contiguous
+    upper, failed = torch.linalg.cholesky_ex(inverse[order][:, order], upper=True)
+    if failed:
+        return None
+    w = weight[:, order].T.contiguous()  # (K, N): the columns in their order, each contiguous
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     scales, zeros = [], []
     for start in range(0, len(w), g):
         block = slice(start, start + g)
         with one_thread():
             scale, zero = grid.fit(w[block].T.contiguous(), importance[order[block]])
-            codes[block], errors = _columns(w[block], upper[block, block], scale, zero, grid)
-        w[start + g :].addmm_(upper[block, start + g :].T, errors, alpha=-1)
+            codes[block], missed = _columns(w[block], upper[block, block], scale, zero, grid)
+        w[start + g :].addmm_(upper[block, start + g :].T, missed, alpha=-1)
         scales.append(scale)
         zeros.append(zero)
     back = torch.argsort(order)
@@ -58,12 +151,49 @@ def gptq(weight: Tensor, stats: Stats, grid: Grid, damp: float = DAMP) -> Quanti
 
 def _columns(w: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Round the columns w (g, N) of one group in turn, in place; codes and scaled errors, both (g, N)."""
-    codes, errors = torch.empty_like(w), torch.empty_like(w)
+    codes, missed = torch.empty_like(w), torch.empty_like(w)
     for i, column in enumerate(w):
         codes[i] = grid.codes(column[:, None], scale, zero)[:, 0]
-        errors[i] = (column - grid.levels(codes[i][:, None], scale, zero)[:, 0]) / upper[i, i]
-        w[i + 1 :].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
-    return codes, errors
+        missed[i] = (column - grid.levels(codes[i][:, None], scale, zero)[:, 0]) / upper[i, i]
+        w[i + 1 :].addr_(upper[i, i + 1 :], missed[i], alpha=-1)
+    return codes, missed
+
+
+def polish(weight: Tensor, hessian: Tensor, q: Quantized, grid: Grid) -> Quantized:
+    """One pass of coordinate descent on tr(delta H delta^T): group by group, the scale, then each column's code.
+
+    Both have closed forms. With r = (W - Q) H, the best step of a scale is <l, r> / <l, H l> for the group's levels l,
+    and that of a column's value r_k / H_kk; the nearest that the grid holds is the best that it holds.
+    """
+    g = grid.group
+    left = ((weight - q.dequantize()) @ hessian).T.contiguous()  # (K, N): minus half the gradient
+    codes, scales = q.codes.T.float(), q.scales.float()
+    for i, start in enumerate(range(0, len(codes), g)):
+        block = slice(start, start + g)
+        scale, zero, own = scales[:, i], q.zeros[:, i].float(), hessian[block, block].contiguous()
+        with one_thread():
+            moved = _reconsider(codes[block], left[block].clone(), own, scale, zero, grid)
+        left.addmm_(hessian[block].T, moved, alpha=-1)
+    return replace(q, codes=codes.T.byte().contiguous(), scales=scales.half())
+
+
+def _reconsider(codes: Tensor, left: Tensor, own: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """Better `codes` (g, N) and `scale` (N,) of one group, in place; the steps (g, N) that its weights made."""
+    levels = codes - zero
+    curve = (levels * (own @ levels)).sum(0)
+    best = (scale + (levels * left).sum(0) / curve.clamp_min(1e-30)).half().float()
+    best = torch.where((curve > 0) & torch.isfinite(best) & (best != 0), best, scale)
+    moved = levels * (best - scale)
+    scale.copy_(best)
+    left = left - own @ moved
+    step = own.diagonal().clamp_min(1e-30)
+    for k, code in enumerate(codes):
+        wanted = torch.round(code + left[k] / step[k] / scale).clamp_(0, grid.top)
+        change = (wanted - code) * scale
+        code.copy_(wanted)
+        moved[k] += change
+        left.addr_(own[k], change, alpha=-1)
+    return moved
 
 
 @contextmanager
@@ -89,17 +219,41 @@ def group_aware_order(importance: Tensor, group: int) -> Tensor:
     return (inside + torch.arange(len(rows), device=rows.device)[:, None] * group)[first].flatten()
 
 
+def damped_factor(hessian: Tensor, damp: float) -> tuple[Tensor | None, float]:
+    """The lower Cholesky factor of `hessian` (K, K) with `damp` of its mean diagonal added, and the share it took.
+
+    Where there is no factor, damping is raised tenfold until there is one, and then halved again in the exponent as far
+    as there still is; None past `MOST_DAMP`.
+    """
+    lower = _factor(hessian, damp)
+    low = damp
+    while lower is None and damp < MOST_DAMP:
+        low, damp = damp, max(10 * damp, 1e-4)
+        lower = _factor(hessian, damp)
+    if lower is None or low == damp:
+        return lower, damp
+    for _ in range(3):
+        middle = (max(low, 1e-5) * damp) ** 0.5
+        if (better := _factor(hessian, middle)) is None:
+            low = middle
+        else:
+            lower, damp = better, middle
+    return lower, damp
+
+
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
-    """The upper Cholesky factor of the damped inverse of `hessian` (K, K), by more damping where it takes that."""
-    mean = hessian.diagonal().mean().item() or 1.0
-    dead = hessian.diagonal() == 0
-    while True:
-        damped = hessian.clone()
-        damped.diagonal().add_(damp * mean)
-        damped.diagonal()[dead] = mean
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed:
-            return upper
-        damp *= 10
+    """The upper Cholesky factor of the damped inverse; BadInput where no damping gives one."""
+    lower, _ = damped_factor(hessian, damp)
+    upper, failed = (None, 1) if lower is None else torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if upper is None or failed:
+        raise BadInput("the calibration statistics have no Cholesky factor", hint="calibrate on more text")
+    return upper
+
+
+def _factor(hessian: Tensor, damp: float) -> Tensor | None:
+    diagonal = hessian.diagonal()
+    damped = hessian.clone()
+    damped.diagonal().add_(damp * diagonal.mean())
+    damped.diagonal()[diagonal == 0] = diagonal.mean()
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    return None if failed else lower

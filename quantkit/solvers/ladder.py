@@ -22,9 +22,10 @@ from torch import Tensor
 from quantkit.codecs import Codec, decode, encode
 from quantkit.codecs.parts import Ladder, Parts
 from quantkit.errors import BadInput
-from quantkit.solvers.gptq import DAMP, group_aware_order, inverse_factor, one_thread
+from quantkit.solvers.gptq import group_aware_order, inverse_factor, one_thread
 from quantkit.stats import Stats, error
 
+DAMP = 0.05  # of the mean diagonal, added to the diagonal
 OWN_ROUNDS = 2  # of `_descend` over a block before its errors are handed on
 ROUNDS = 2  # of `_descend` over all blocks
 CHUNK = 32  # columns that are updated one by one; those behind them are by one product

@@ -1,107 +1,80 @@
-"""GPTQ folders: `gptq`, `gptq-4bit-64g`. Symmetric grids in the v1 layout, which every reader takes; trivial g_idx."""
+"""GPTQ folders: `gptq`, `gptq-4bit-64g`, `gptq-8bit-pc`, `gptq-4bit-64g-asym`, `gptq-4bit-64g-desc`.
+
+Symmetric grids in the v1 layout, which every reader takes; zero points in `gptq_v2`, since readers of v1 disagree on a
+zero of 0. `pc` is one group to an output channel. `desc` groups columns by falling importance and says so in `g_idx`;
+without it a group's columns are neighbours, and only the solver visits them in that order.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
-from quantkit.codecs.grid import Grid
+from quantkit.codecs.grid import Quantized
 from quantkit.codecs.packed import pack_gptq
-from quantkit.errors import UsageError
 from quantkit.files.safetensors import Spec
 from quantkit.model import Model
-from quantkit.solvers.gptq import DAMP, gptq
-from quantkit.solvers.rtn import weighted
-from quantkit.targets.target import (
-    Calibration,
-    Choices,
-    Family,
-    Output,
-    Piece,
-    Solved,
-    dense,
-    fitting_group,
-    folder_output,
-    linear,
-    readers_of,
-    require_multiples,
-    scarce,
-    weight_loss,
-)
-
-BITS = (2, 3, 4, 8)  # what transformers' GPTQConfig accepts
-GROUPS = (16, 32, 64, 128, 256, 512, 1024)
+from quantkit.solvers.gptq import DAMP
+from quantkit.targets.grids import NAME, Asked, asked_of, behind, note_of, solving, taken_over
+from quantkit.targets.target import Calibration, Choices, Family, Output, folder_output, linear, require_multiples
 
 
 def plan(match: re.Match[str], model: Model, calibration: Calibration | None, choices: Choices) -> Output:
     """A GPTQ folder; UsageError for a bit width, a group or a shape that no reader takes."""
-    bits, asked = int(match["bits"] or 4), int(match["group"]) if match["group"] else None
-    if bits not in BITS or (asked and asked not in GROUPS):
-        raise UsageError(
-            "no reader takes this", where=match[0], hint=f"bits are {BITS}, groups are {GROUPS}, as in gptq-4bit-64g"
-        )
-    group, why = fitting_group(model, asked)
+    asked = asked_of(match, model)
     require_multiples(model, 32, 32, "GPTQ")
-    grid = Grid(bits, group)
+    kept = taken_over(model, asked)
+    layout = "gptq" if asked.symmetric else "gptq_v2"
 
-    def solve(piece: Piece) -> Iterator[Solved]:
-        groups = readers_of(piece)
-        members = {name for names in groups.values() for name in names}
-        for name, weight in piece.weights.items():
-            if name not in members:
-                yield dense(name, weight, torch.float16)
-        for activation, names in groups.items():
-            weights = [piece.weights[n] for n in names]
-            fallback = scarce(piece, activation)
-            solved = (weighted if fallback else gptq)(torch.cat(weights), piece.stats[activation], grid)
-            for name, weight, q in zip(names, weights, solved.rows([len(w) for w in weights]), strict=True):
-                value, stem = q.dequantize(), name.removesuffix(".weight")
-                parts = {f"{stem}.{part}": t for part, t in pack_gptq(q, bits).items()}
-                log = {"fallback": fallback} if fallback else {}
-                yield Solved(name, parts, value, weight_loss(weight, value, piece.stats[activation]), log)
+    def pack(stem: str, q: Quantized) -> dict[str, Tensor]:
+        return {f"{stem}.{part}": t for part, t in pack_gptq(q, asked.bits, v2=not asked.symmetric).items()}
 
     config = {
         "quant_method": "gptq",
-        "bits": bits,
-        "group_size": group,
-        "desc_act": False,
-        "sym": True,
+        "bits": asked.bits,
+        "group_size": asked.group or -1,
+        "desc_act": asked.by_activation,
+        "sym": asked.symmetric,
         "lm_head": False,
-        "checkpoint_format": "gptq",
-        "format": "gptq",
+        "checkpoint_format": layout,
+        "format": layout,
         "pack_dtype": "int32",
         "static_groups": False,
-        "true_sequential": False,
+        "true_sequential": behind(model, choices),
         "damp_percent": DAMP,
     }
-    parts = {n: _parts(n.removesuffix(".weight"), r.shape, bits, group) for n, r in linear(model).items()}
     return folder_output(
         match[0].lower(),
         "gptq",
-        f"{bits}-bit symmetric, {why}",
+        note_of(model, asked, "gptq"),
         model,
-        parts,
+        {n: _parts(n.removesuffix(".weight"), r.shape, asked) for n, r in linear(model).items()},
         "gptq",
-        solve,
+        solving(asked, kept, pack),
         torch.float16,
         config,
         {"quantize_config.json": json.dumps(config, indent=2) + "\n"},
+        behind(model, choices),
+        kept,
     )
 
 
-def _parts(stem: str, shape: tuple[int, ...], bits: int, group: int) -> list[Spec]:
+def _parts(stem: str, shape: tuple[int, ...], asked: Asked) -> list[Spec]:
     n, k = shape
+    groups = k // asked.grid(k).group
     return [
-        (f"{stem}.qweight", torch.int32, (k * bits // 32, n)),
-        (f"{stem}.qzeros", torch.int32, (k // group, n * bits // 32)),
-        (f"{stem}.scales", torch.float16, (k // group, n)),
+        (f"{stem}.qweight", torch.int32, (k * asked.bits // 32, n)),
+        (f"{stem}.qzeros", torch.int32, (groups, n * asked.bits // 32)),
+        (f"{stem}.scales", torch.float16, (groups, n)),
         (f"{stem}.g_idx", torch.int32, (k,)),
     ]
 
 
 FAMILY = Family(
-    "gptq, gptq-4bit-64g", re.compile(r"gptq(?:-(?P<bits>\d+)bit)?(?:-(?P<group>\d+)g)?", re.IGNORECASE), plan
+    "gptq, gptq-4bit-64g, gptq-8bit-pc, -asym, -desc",
+    re.compile(rf"gptq{NAME}(?P<desc>-desc)?", re.IGNORECASE),
+    plan,
 )

@@ -41,7 +41,7 @@ class Calibration:
 class Choices:
     """What is asked of targets beside their names, as `llama-quantize` takes it; the defaults ask for nothing.
 
-    Only GGUF targets have a use for any of it so far; see `targets.gguf` and `targets.mixtures`.
+    All but `inputs` is for GGUF targets; see `targets.gguf` and `targets.mixtures`.
     """
 
     output_type: str | None = None  # of output.weight, and of token_embd.weight where it is the output as well
@@ -53,6 +53,7 @@ class Choices:
     imatrix: Path | None = None  # in place of calibrating
     layers: tuple[LayerRule, ...] = ()  # of single layers; go before all else
     solver: str | None = None  # gptq: error compensation for GGUF types as well
+    inputs: str = "quantized"  # what solvers of packed folders are calibrated on: quantized (the prefix) or source
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ class Piece:
     """What a solver has at hand: one block, or one tensor outside, by HF name.
 
     Where the block was run over calibration rows, `weights` holds it all, float32 in HF layout on `device`, and `stats`
-    the statistics of its activations, by the names of the architecture table. Else both are empty, and a tensor is read
-    when a solver comes to it.
+    the statistics of its activations, by the names of the architecture table: the source's, or for an output that asks
+    for them (`Output.behind`) those behind all that it has solved when it looks them up. Else both are empty, and a
+    tensor is read when a solver comes to it.
     """
 
     model: Model
@@ -102,7 +104,8 @@ class Solved:
     `value` is None where reading back the very bytes of `parts` is all there is to check (`Output.sealed`).
 
     `loss` is the share of the output's energy that the change of the weight costs on the calibration activations,
-    tr(delta G delta^T) / tr(W G W^T); for a tensor that reads no activation, of the weight's own energy.
+    tr(delta G delta^T) / tr(W G W^T); for a tensor that reads no activation, of the weight's own energy. Behind a
+    quantized prefix, W is what comes nearest to the source's outputs there.
     """
 
     source: str
@@ -126,6 +129,7 @@ class Output:
     calibrated: bool
     texts: dict[str, str] = field(default_factory=dict)
     sealed: bool = False  # its bytes are its meaning, and are what verification compares
+    behind: bool = False  # calibrated behind its own quantized blocks, and not on the source's activations
 
     @property
     def nbytes(self) -> int:
@@ -300,14 +304,19 @@ def folder_output(
     dtype: torch.dtype,
     quantization: dict[str, Any] | None = None,
     extra: Mapping[str, str] | None = None,
+    behind: bool = False,
+    exact: frozenset[str] = frozenset(),
 ) -> Output:
-    """Plan an HF folder: quantized tensors as `parts` lays them out (by HF name), all others cast to `dtype`."""
+    """Plan an HF folder: quantized tensors as `parts` lays them out (by HF name), all others cast to `dtype`.
+
+    Those in `exact` lie on the grid already; a folder without others needs no calibration.
+    """
     plain = str(dtype).removeprefix("torch.")
     rows, specs = [], []
     for name, ref in model.tensors.items():
         own = list(parts.get(name, [(name, dtype, ref.shape)]))
         nbytes = sum(prod(shape) * d.itemsize for _, d, shape in own)
-        kind, how = (target, solver) if name in parts else (plain, "cast")
+        kind, how = (target, "exact" if name in exact else solver) if name in parts else (plain, "cast")
         rows.append(Row(name, name, ref.shape, ref.type, kind, how, nbytes))
         specs += own
     config = {k: v for k, v in model.config.items() if k not in ("quantization_config", "dtype")}
@@ -316,5 +325,6 @@ def folder_output(
         config["quantization_config"] = quantization
     texts = {"config.json": json.dumps(config, indent=2) + "\n"} | dict(model.files) | dict(extra or {})
     layout = safetensors.layout_folder(specs)
-    quantized = quantization is not None
-    return Output(target, format, target, note, tuple(rows), layout, solve, quantized, texts, sealed=not quantized)
+    solved = bool(parts.keys() - exact)
+    sealed = quantization is None
+    return Output(target, format, target, note, tuple(rows), layout, solve, solved, texts, sealed, behind and solved)

@@ -1,0 +1,107 @@
+"""What the matrices of an output are fed in use: activations behind its own, already quantized blocks.
+
+Statistics of the source's activations serve every output alike, but a matrix of a quantized model never sees those. An
+output may therefore have calibration rows of its own, which go through its blocks as they are solved; the source's
+rows go through the source's beside them, so that `Stats.drift` tells the solver how far the two have come apart.
+Memory: the hidden states of both, and the activations of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from quantkit.forward import Network, States, readers
+from quantkit.stats import Stats
+
+
+class _Seen(Exception):
+    """Ends a block's forward pass once the activation that is wanted was seen."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+
+def prefix(states: States) -> States:
+    """Calibration rows for one output, which begin as the source's do."""
+    return replace(states, hidden=states.hidden.clone())
+
+
+@dataclass
+class Inputs(Mapping[str, Stats]):
+    """Statistics of a block's activations, each taken when it is asked for, behind what is solved of the block by then.
+
+    `source` and `behind` are the hidden states before the block, `original` its weights on the device by HF name.
+    """
+
+    net: Network
+    layer: int
+    source: States
+    behind: States
+    original: Mapping[str, Tensor]
+    solved: dict[str, Tensor] = field(default_factory=dict)
+    known: dict[str, Stats] = field(default_factory=dict)
+
+    def take(self, name: str, value: Tensor | None) -> None:
+        """From now on the block has `value` (float32, on the device) for its weight `name`."""
+        if value is not None:
+            self.solved[name] = value.to(self.net.device, torch.float32)
+
+    def __getitem__(self, activation: str) -> Stats:
+        if activation not in self.known:
+            self.known[activation] = self._measured(readers(self.net.model)[activation])
+        return self.known[activation]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(readers(self.net.model))
+
+    def __len__(self) -> int:
+        return len(readers(self.net.model))
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Move the output's rows behind the block as it was solved."""
+        parameters = self._parameters(self.solved)
+        for part in self.behind.batches():
+            out = self._run(parameters, self.behind, part)
+            self.behind.hidden[part] = out.to(self.behind.hidden.device)
+
+    @torch.no_grad()
+    def _measured(self, path: str) -> Stats:
+        ours, theirs = self._parameters(self.solved), self._parameters({})
+        stats: Stats | None = None
+        for part in self.behind.batches():
+            x, x_source = self._reaching(path, ours, self.behind, part), self._reaching(path, theirs, self.source, part)
+            stats = (stats or Stats.zeros(x.shape[-1], x.device, drift=True)).add(x, x_source)
+        assert stats is not None  # or nothing is calibrated
+        return stats
+
+    def _reaching(self, path: str, parameters: Mapping[str, Tensor], states: States, part: slice) -> Tensor:
+        """What reaches the module at `path`; the block runs no further."""
+
+        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            raise _Seen(args[0])
+
+        hook = self.net.base.layers[self.layer].get_submodule(path).register_forward_pre_hook(stop)
+        try:
+            self._run(parameters, states, part)
+        except _Seen as seen:
+            return seen.x
+        finally:
+            hook.remove()
+        raise AssertionError("a block reaches all of its matrices")
+
+    def _run(self, parameters: Mapping[str, Tensor], states: States, part: slice) -> Tensor:
+        block, hidden = self.net.base.layers[self.layer].eval(), states.hidden[part].to(self.net.device)
+        out = functional_call(block, dict(parameters), (hidden,), dict(states.kwargs[self.layer]))
+        return out[0] if isinstance(out, tuple) else out
+
+    def _parameters(self, solved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        prefix = f"model.layers.{self.layer}."
+        weights = {**self.original, **solved}
+        return self.net.model.arch.parameters({name.removeprefix(prefix): w for name, w in weights.items()})

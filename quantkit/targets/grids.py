@@ -1,0 +1,150 @@
+"""What GPTQ and compressed-tensors folders share: a grid by its name, the source's own grid, one way to solve a block.
+
+A source whose blocks lie on an integer grid (Q4_0, Q5_0, Q8_0, symmetric GPTQ and compressed-tensors folders) goes over
+to every target whose groups divide its blocks without any error, and needs no calibration for that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.codecs.grid import Grid, Quantized
+from quantkit.errors import BadInput, UsageError
+from quantkit.model import Model, Ref
+from quantkit.solvers.exact import exact
+from quantkit.solvers.gptq import by_activation, gptq, rounding
+from quantkit.targets.target import Choices, Piece, Solved, dense, fitting_group, linear, readers_of, scarce
+
+BITS = (2, 3, 4, 8)  # what transformers' GPTQConfig accepts
+GROUPS = (16, 32, 64, 128, 256, 512, 1024)
+BLOCKS = {"Q4_0": (4, 32), "Q5_0": (5, 32), "Q8_0": (8, 32)}  # bits and group of symmetric GGUF types
+WITH_MINIMUM = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")  # a real number, not a multiple of the scale
+NAME = r"(?:-(?P<bits>\d+)bit)?(?:-(?P<group>\d+)g|-(?P<channel>pc))?(?P<asym>-asym)?"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A grid as a target's name asks for it; `group` is None for one group to an output channel."""
+
+    bits: int
+    group: int | None
+    symmetric: bool
+    by_activation: bool
+    why: str
+
+    def grid(self, width: int) -> Grid:
+        """The grid of a matrix with `width` inputs."""
+        return Grid(self.bits, self.group or width, self.symmetric)
+
+    def holds(self, source: tuple[int, int] | None) -> bool:
+        """Whether it holds every weight of a symmetric source grid (bits, group)."""
+        if source is None or self.group is None or self.by_activation:
+            return False
+        return source[0] <= self.bits and source[1] % self.group == 0
+
+
+def asked_of(match: re.Match[str], model: Model) -> Asked:
+    """The grid that a target's name (`NAME`) asks for; UsageError where no reader takes it or no shape fits it."""
+    bits, asked = int(match["bits"] or 4), int(match["group"]) if match["group"] else None
+    if bits not in BITS or (asked and asked not in GROUPS):
+        raise UsageError(
+            "no reader takes this", where=match[0], hint=f"bits are {BITS}, groups are {GROUPS}, as in gptq-4bit-64g"
+        )
+    by_importance = bool(match.groupdict().get("desc"))
+    if match["channel"] and by_importance:
+        raise UsageError("one group has no order", where=match[0], hint="leave out -pc or -desc")
+    group, why = fitting_group(model, asked)
+    kind = "symmetric" if not match["asym"] else "with zero points"
+    if match["channel"]:
+        return Asked(bits, None, not match["asym"], False, f"{bits}-bit {kind}, one group a channel")
+    order = ", groups by importance" if by_importance else ""
+    return Asked(bits, group, not match["asym"], by_importance, f"{bits}-bit {kind}, {why}{order}")
+
+
+def source_grid(model: Model, ref: Ref) -> tuple[int, int] | None:
+    """Bits and group of the symmetric grid on which a tensor of the source lies, if it does."""
+    if ref.type in BLOCKS:
+        return BLOCKS[ref.type]
+    config = model.config.get("quantization_config") or {}
+    if ref.type.startswith("GPTQ") and config.get("sym") and not config.get("desc_act"):
+        return (config["bits"], config["group_size"]) if config["group_size"] > 0 else None
+    if ref.type.startswith("CT"):
+        weights = config["config_groups"]["group_0"]["weights"]
+        return (weights["num_bits"], weights["group_size"]) if weights["symmetric"] and weights["group_size"] else None
+    return None
+
+
+def taken_over(model: Model, asked: Asked) -> frozenset[str]:
+    """The matrices that the grid asked for holds exactly."""
+    return frozenset(n for n, r in linear(model).items() if asked.holds(source_grid(model, r)))
+
+
+def note_of(model: Model, asked: Asked, family: str) -> str:
+    """The choice in words, with what the source's own grid offers."""
+    matrices = linear(model)
+    kept, types = taken_over(model, asked), Counter(r.type for r in matrices.values())
+    if kept:
+        return f"{asked.why}; {len(kept)} of {len(matrices)} matrices taken over exactly, without calibration"
+    grids = {t: g for r in matrices.values() if (g := source_grid(model, r)) for t in (r.type,)}
+    if offered := [(t, b, g) for t, (b, g) in grids.items() if b in (*BITS, 5)]:
+        kind, bits, group = max(offered, key=lambda o: types[o[0]])
+        better = f"{family}-{bits if bits in BITS else 8}bit-{group}g"
+        return f"{asked.why}; {better} would hold the source's {kind} exactly, without calibration"
+    if any(t in WITH_MINIMUM for t in types):
+        kind = next(t for t, _ in types.most_common() if t in WITH_MINIMUM)
+        return f"{asked.why}; {kind} blocks have a real minimum, so no integer grid holds the source exactly"
+    return asked.why
+
+
+def behind(model: Model, choices: Choices) -> bool:
+    """Whether solvers see the activations behind what is quantized already.
+
+    Not in a mixture of experts: there a token may reach another expert than in the source, and has no counterpart.
+    """
+    return choices.inputs == "quantized" and all(r.placed.expert is None for r in model.tensors.values())
+
+
+def solving(
+    asked: Asked, kept: frozenset[str], pack: Callable[[str, Quantized], dict[str, Tensor]]
+) -> Callable[[Piece], Iterator[Solved]]:
+    """How an output on this grid solves a piece; `pack` lays out a matrix, given its stem, as parts to write."""
+
+    def done(name: str, q: Quantized, loss: float, log: dict[str, object]) -> Solved:
+        return Solved(name, pack(name.removesuffix(".weight"), q), q.dequantize(), loss, log)
+
+    def solve(piece: Piece) -> Iterator[Solved]:
+        groups = readers_of(piece)
+        members = {name for names in groups.values() for name in names}
+        for name in (n for n in piece.refs if n not in members):
+            yield dense(name, piece.weight(name), torch.float16)
+        for activation, names in groups.items():
+            for name in (n for n in names if n in kept):
+                weight = piece.weight(name)
+                q = exact(weight, asked.grid(weight.shape[1]))
+                if q is None:
+                    raise BadInput("does not lie on the grid of its type", where=name, hint="get the source again")
+                yield done(name, q, 0.0, {})
+            yield from solved(piece, activation, [n for n in names if n not in kept])
+
+    def solved(piece: Piece, activation: str, names: list[str]) -> Iterator[Solved]:
+        if not names:
+            return
+        weights, stats = torch.cat([piece.weights[n] for n in names]), piece.stats[activation]
+        grid = asked.grid(weights.shape[1])
+        try:
+            if why := scarce(piece, activation):
+                found = rounding(weights, stats, grid, why)
+            else:
+                found = (by_activation if asked.by_activation else gptq)(weights, stats, grid)
+        except BadInput as e:
+            raise BadInput(e.what, where=names[0], hint=e.hint) from e
+        for name, s in zip(names, found.rows([len(piece.weights[n]) for n in names]), strict=True):
+            yield done(name, s.quantized, s.loss, s.log)
+
+    return solve

@@ -1,0 +1,169 @@
+"""GPTQ and compressed-tensors folders under every option, in readers that are not ours; exact ways between grids."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from gguf import GGMLQuantizationType as T
+from safetensors.torch import load_file
+from test_convert import quantkit
+from test_forward import logits
+from toy import toy_model, write_toy
+from transformers import AutoModelForCausalLM
+
+from quantkit.codecs.grid import Grid
+from quantkit.model import open_model
+from quantkit.solvers.exact import exact
+
+CALIBRATION = ("--samples", 4, "--seqlen", 64, "--no-eval", "--device", "cpu")
+SOLVED = ("gptq-4bit-64g-asym", "gptq-4bit-64g-desc", "gptq-4bit-pc", "ct-4bit-64g", "ct-4bit-64g-asym", "ct-8bit-pc")
+
+
+@pytest.fixture(scope="module")
+def q4_1(tmp_path_factory) -> Path:
+    return write_toy(tmp_path_factory.mktemp("q4_1") / "Toy.Q4_1.gguf", toy_model(), T.Q4_1)
+
+
+@pytest.fixture(scope="module")
+def made(q4_1, tmp_path_factory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("made") / "out"
+    code, stdout, stderr = quantkit("convert", q4_1, "-o", out, *(f"--to={t}" for t in SOLVED), *CALIBRATION, "--json")
+    assert code == 0, stderr
+    return out, json.loads(stdout)
+
+
+def matrices(folder: Path, part: str) -> list[str]:
+    return [n.removesuffix(f".{part}") for n in load_file(folder / "model.safetensors") if n.endswith(part)]
+
+
+@pytest.mark.parametrize("target", [t for t in SOLVED if t.startswith("ct")])
+def test_compressed_tensors_reads_the_same_weights(made, target):
+    folder = made[0] / target
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
+    tensors, ours = load_file(folder / "model.safetensors"), open_model(folder)
+    stems = matrices(folder, "weight_packed")
+    assert len(stems) == 3 * 7
+    for stem in stems:
+        parts = {n.removeprefix(f"{stem}."): t for n, t in tensors.items() if n.startswith(f"{stem}.")}
+        parts["weight_scale"] = parts["weight_scale"].float()
+        theirs = PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
+        assert torch.equal(theirs, ours.tensors[f"{stem}.weight"].read()), stem
+
+
+@pytest.mark.parametrize("target", ["ct-4bit-64g", "ct-8bit-pc"])
+def test_transformers_runs_compressed_tensors_folders(made, target):
+    folder, ids = made[0] / target, torch.arange(2, 42)[None]
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+    assert torch.allclose(logits(folder, ids), theirs[:, 20:39], atol=2e-4)
+
+
+@pytest.mark.parametrize("target", [t for t in SOLVED if t.startswith("gptq")])
+def test_gptq_folders_say_what_they_hold(made, target):
+    """Weights by the formula of the format, from config.json and the tensors alone."""
+    folder = made[0] / target
+    config, tensors = json.loads((folder / "quantize_config.json").read_text()), load_file(folder / "model.safetensors")
+    assert config["checkpoint_format"] == ("gptq_v2" if target.endswith("asym") else "gptq")
+    assert config["group_size"] == (-1 if "pc" in target else 64)
+    stored = {"asym": set(range(16)), "desc": {7}, "pc": {7}}[target.rsplit("-", 1)[1]]
+    ours, shuffled = open_model(folder), 0
+    for stem in matrices(folder, "qweight"):
+        part = {p: tensors[f"{stem}.{p}"].numpy() for p in ("qweight", "qzeros", "scales", "g_idx")}
+        shifts = np.arange(8, dtype=np.uint32) * 4
+        codes = (part["qweight"].view(np.uint32)[:, None] >> shifts[:, None] & 15).reshape(-1, part["qweight"].shape[1])
+        zeros = (part["qzeros"].view(np.uint32)[..., None] >> shifts & 15).reshape(len(part["qzeros"]), -1)
+        assert set(zeros.flatten().tolist()) <= stored
+        zero, group = zeros.astype(np.int32) + (config["checkpoint_format"] == "gptq"), part["g_idx"]
+        weight = (codes.astype(np.int32) - zero[group]) * part["scales"].astype(np.float32)[group]
+        assert np.array_equal(weight.T, ours.tensors[f"{stem}.weight"].read().numpy()), stem
+        shuffled += bool((np.diff(group) < 0).any())
+        assert len(set(np.bincount(group).tolist())) == 1
+    assert shuffled == (21 if target.endswith("desc") else 0)
+
+
+def test_every_solved_layer_is_in_the_log(made):
+    out, report = made
+    rows = [line.split(",") for line in (out / "layers.csv").read_text().splitlines()]
+    assert rows[0] == ["target", "tensor", "solver", "loss_rounded", "loss", "damp", "order", "fallback", "seconds"]
+    assert len(rows) == 1 + len(SOLVED) * 21
+    for variant in report["variants"]:
+        solved = [t for t in variant["tensors"] if t["solver"] == "gptq"]
+        assert len(solved) == 21 and all(t["loss"] < t["loss_rounded"] and t["fallback"] is None for t in solved)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [(T.Q4_0, 4), (T.Q8_0, 8)])
+def test_blocks_go_over_exactly_and_back(tmp_path, kind, bits):
+    """Q4_0 and Q8_0 to 4 and 8 bits and back, uncalibrated: gguf-py reads the same floats at both ends."""
+    source = write_toy(tmp_path / f"Toy.{kind.name}.gguf", toy_model(), kind)
+    targets = [f"gptq-{bits}bit-32g", f"ct-{bits}bit-32g", f"ct-{bits}bit-32g-asym", "gptq-8bit-16g"]
+    options = ("--no-calibration", "--no-eval", "--json")
+    everything = (*(f"--to={t}" for t in targets), *options)
+    code, stdout, stderr = quantkit("convert", source, "-o", tmp_path / "out", *everything)
+    assert code == 0, stderr
+    before = open_model(source)
+    assert all("21 of 21 matrices taken over exactly" in v["note"] for v in json.loads(stdout)["variants"])
+    for target in targets:
+        after = open_model(tmp_path / "out" / target)
+        for name, ref in before.tensors.items():
+            if "_proj" in name:
+                assert torch.equal(after.tensors[name].read(), ref.read()), (target, name)
+    floats = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(source).tensors}
+    for target in targets[:2]:
+        out = tmp_path / f"back-{target}"
+        code, _, stderr = quantkit("convert", tmp_path / "out" / target, "-o", out, "--to", kind.name, *options)
+        assert code == 0, stderr
+        for t in gguf.GGUFReader(out / f"{target}-{kind.name}.gguf").tensors:
+            if t.tensor_type == kind and t.name.startswith("blk"):
+                assert np.array_equal(gguf.quants.dequantize(t.data, t.tensor_type), floats[t.name]), t.name
+
+
+def test_the_plan_offers_the_exact_way(tmp_path, q4_1):
+    q4_0 = write_toy(tmp_path / "Toy.Q4_0.gguf", toy_model(), T.Q4_0)
+    offer = "gptq-4bit-32g would hold the source's Q4_0 exactly"
+    for source, says in ((q4_0, offer), (q4_1, "Q4_1 blocks have a real minimum")):
+        code, stdout, _ = quantkit("convert", source, "-o", tmp_path / "x", "--to", "gptq", "--dry-run")
+        assert code == 0 and says in stdout
+
+
+def test_exact_finds_any_scale_and_refuses_the_rest():
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(-7, 7, (50, 64), generator=g).float()  # never at the grid's end
+    scales = (torch.randn(50, 2, generator=g) * 0.01).half().float()
+    weight = (codes.view(50, 2, 32) * scales[..., None]).flatten(1)
+    weight[3] = 0
+    found = exact(weight, Grid(4, 32))
+    assert found is not None and torch.equal(found.dequantize(), weight)
+    assert exact(weight + 1e-4, Grid(4, 32)) is None
+
+
+def test_the_traps_of_an_old_file(tmp_path):
+    """All-zero groups, dead channels and outliers near fp16's end: finite weights and sane scores everywhere."""
+    model = toy_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight[:, 32:64] = 0
+            layer.mlp.down_proj.weight[5] = 0
+            layer.self_attn.v_proj.weight[:, :128] = 0
+            layer.input_layernorm.weight[7] = 0  # a channel that no matrix ever sees
+            layer.mlp.gate_proj.weight[3, 11] = 40000.0
+            layer.post_attention_layernorm.weight[11] = 1e-4
+    source = write_toy(tmp_path / "Trap.Q2_K.gguf", model, T.Q8_0)
+    targets = ("fp16", "gptq-4bit-64g", "gptq-3bit-64g-asym", "gptq-4bit-pc", "awq-4bit-64g", "ct-4bit-64g", "Q4_K_M")
+    options = ("--samples", 8, "--seqlen", 64, "--eval-chunks", 2, "--device", "cpu", "--json")
+    everything = (*(f"--to={t}" for t in targets), *options)
+    code, stdout, stderr = quantkit("convert", source, "-o", tmp_path / "out", *everything)
+    assert code == 0, stderr
+    report = json.loads(stdout)
+    assert [v["target"] for v in report["variants"]] == list(targets)
+    for v in report["variants"]:
+        assert v["perplexity"] < 1.5 * report["source"]["perplexity"], v["target"]
+        weights = open_model(tmp_path / "out" / v["path"]).tensors
+        assert all(bool(torch.isfinite(ref.read()).all()) for ref in weights.values())
