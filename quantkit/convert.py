@@ -195,11 +195,12 @@ def _solve(
         yield Progress(stage, done + 1, total)
     states = embed(net, calibration) if net and calibration is not None else None
     rows = {p.output.target: prefix(states) for p in products if states and p.output.behind}
+    shared = any(p.output.calibrated and not p.output.behind for p in products)
     for layer in range(model.layers):
         refs = {ref.placed.hf: ref for ref in model.block(layer).values()}
         weights = _held(refs, device) if net and states else {}
         before = prefix(states) if states and rows else None
-        stats = _statistics(net, states, layer, weights) if net and states else {}
+        stats = _statistics(net, states, layer, weights, shared) if net and states else {}
         others = [p for p in products if p.output.target not in rows]
         yield from _each(others, Piece(model, refs, weights, stats, device))
         for p in products:
@@ -215,11 +216,12 @@ def _held(refs: Mapping[str, Ref], device: torch.device) -> dict[str, Tensor]:
     return {name: finite(name, ref.read().to(device)) for name, ref in refs.items()}
 
 
-def _statistics(net: Network, states: States, layer: int, weights: dict[str, Tensor]) -> dict[str, Stats]:
+def _statistics(net: Network, states: States, layer: int, weights: dict[str, Tensor], wanted: bool) -> dict[str, Stats]:
+    """Move `states` behind a block; the statistics of its activations where an output wants the source's."""
     prefix = f"model.layers.{layer}."
     with (
         net.block(layer, {n.removeprefix(prefix): w for n, w in weights.items()}) as block,
-        watching(block, readers(net.model), net.device) as stats,
+        watching(block, readers(net.model) if wanted else {}, net.device) as stats,
     ):
         run(states, layer, block, net.device)
     return stats

@@ -3,13 +3,16 @@
 Statistics of the source's activations serve every output alike, but a matrix of a quantized model never sees those. An
 output may therefore have calibration rows of its own, which go through its blocks as they are solved; the source's
 rows go through the source's beside them, so that `Stats.drift` tells the solver how far the two have come apart.
-Memory: the hidden states of both, and the activations of one batch.
+A module of the block all of whose matrices are solved (the attention, once the MLP is at work) is not run again: what
+it gave is kept. Memory: the hidden states of both, as much again for what is kept, and the activations of one batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +49,7 @@ class Inputs(Mapping[str, Stats]):
     original: Mapping[str, Tensor]
     solved: dict[str, Tensor] = field(default_factory=dict)
     known: dict[str, Stats] = field(default_factory=dict)
+    kept: dict[tuple[int, str, int], tuple[Tensor, *tuple[None, ...]]] = field(default_factory=dict)
 
     def take(self, name: str, value: Tensor | None) -> None:
         """From now on the block has `value` (float32, on the device) for its weight `name`."""
@@ -68,7 +72,7 @@ class Inputs(Mapping[str, Stats]):
         """Move the output's rows behind the block as it was solved."""
         parameters = self._parameters(self.solved)
         for part in self.behind.batches():
-            out = self._run(parameters, self.behind, part)
+            out = self._run(parameters, self.behind, part, self._parts()[:-1])
             self.behind.hidden[part] = out.to(self.behind.hidden.device)
 
     @torch.no_grad()
@@ -88,18 +92,51 @@ class Inputs(Mapping[str, Stats]):
             raise _Seen(args[0])
 
         hook = self.net.base.layers[self.layer].get_submodule(path).register_forward_pre_hook(stop)
+        parts = self._parts()
         try:
-            self._run(parameters, states, part)
+            self._run(parameters, states, part, parts[: parts.index(path.partition(".")[0])])
         except _Seen as seen:
             return seen.x
         finally:
             hook.remove()
         raise AssertionError("a block reaches all of its matrices")
 
-    def _run(self, parameters: Mapping[str, Tensor], states: States, part: slice) -> Tensor:
+    def _parts(self) -> list[str]:
+        """The modules right inside the block that hold its matrices, in the order in which they are run."""
+        return list(dict.fromkeys(path.partition(".")[0] for path in readers(self.net.model).values()))
+
+    def _run(self, parameters: Mapping[str, Tensor], states: States, part: slice, over: list[str]) -> Tensor:
+        """One batch through the block; of the modules `over`, whose matrices are final, what they gave is kept."""
         block, hidden = self.net.base.layers[self.layer].eval(), states.hidden[part].to(self.net.device)
-        out = functional_call(block, dict(parameters), (hidden,), dict(states.kwargs[self.layer]))
+        with ExitStack() as stack:
+            for name in over:
+                stack.enter_context(self._keeping(block.get_submodule(name), (id(states), name, part.start)))
+            out = functional_call(block, dict(parameters), (hidden,), dict(states.kwargs[self.layer]))
         return out[0] if isinstance(out, tuple) else out
+
+    @contextmanager
+    def _keeping(self, module: nn.Module, key: tuple[int, str, int]) -> Iterator[None]:
+        """Let `module` give what it gave before under this key, or keep what it gives: a tensor, alone or the first."""
+        place: Any = module
+        if key in self.kept:
+            first, *others = self.kept[key]
+            first = first.to(self.net.device)
+            place.forward = lambda *args, **kwargs: (first, *others) if others else first
+            try:
+                yield
+            finally:
+                del place.forward
+            return
+
+        def keep(_: nn.Module, args: object, out: Tensor | tuple[Tensor, ...]) -> None:
+            first, *others = out if isinstance(out, tuple) else (out,)
+            self.kept[key] = (first.to(self.behind.hidden.device), *(None for _ in others))
+
+        hook = module.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _parameters(self, solved: Mapping[str, Tensor]) -> dict[str, Tensor]:
         prefix = f"model.layers.{self.layer}."
