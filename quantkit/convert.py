@@ -28,11 +28,14 @@ from quantkit.model import Model, Ref, open_model
 from quantkit.plan import Plan
 from quantkit.prefix import Inputs, prefix
 from quantkit.seal import check_seals, seal
+from quantkit.sensitivity import outer_statistics
 from quantkit.stats import Stats
 from quantkit.targets import Output, Piece, Row, Solved
 from quantkit.targets.gguf import IMATRIX_FILE
 from quantkit.targets.target import finite
 from quantkit.verify import digest, verify
+
+OUTER_ROWS = 8  # calibration rows that are run back as well, for statistics of embedding and output matrix
 
 
 @dataclass(frozen=True)
@@ -189,9 +192,13 @@ def _solve(
     total = len(outer) + model.layers
     stage = "calibrating and solving" if calibration is not None else "writing"
     yield Progress(stage, 0, total)
+    known = {}
+    if net and calibration is not None and any(p.output.outer for p in products):
+        known = outer_statistics(net, calibration[:OUTER_ROWS], seed=0)
     for done, (name, ref) in enumerate(outer):
         weights = _held({name: ref}, device) if calibration is not None else {}
-        yield from _each(products, Piece(model, {name: ref}, weights, {}, device))
+        stats = {name: known[name]} if name in known else {}
+        yield from _each(products, Piece(model, {name: ref}, weights, stats, device))
         yield Progress(stage, done + 1, total)
     states = embed(net, calibration) if net and calibration is not None else None
     rows = {p.output.target: prefix(states) for p in products if states and p.output.behind}

@@ -68,6 +68,22 @@ def fisher(net: Network, ids: Tensor, seed: int) -> Iterator[tuple[str, Mapping[
     yield "embedding", {"model.embed_tokens.weight": Fisher(alike, stats)}
 
 
+def outer_statistics(net: Network, ids: Tensor, seed: int) -> dict[str, Stats]:
+    """What error compensation needs of embedding and output matrix, by HF name: the divergence of a row's change.
+
+    The statistics of a matrix are those of the activations that it reads; an embedding reads none, and has those of the
+    gradient instead. A tied one has both, each by its weight in the divergence.
+    """
+    found: dict[str, Stats] = {}
+    for _, part in fisher(net, ids, seed):
+        for name, f in part.items():
+            if net.model.tensors[name].placed.reads is None:
+                gram = f.stats.gram * (f.squares.mean() / f.stats.rows)
+                stats = Stats(gram, torch.zeros(len(gram), device=gram.device), 1)
+                found[name] = found[name].merge(stats) if name in found else stats
+    return found
+
+
 def _tied(net: Network) -> bool:
     return "lm_head.weight" not in net.model.tensors
 

@@ -105,7 +105,7 @@ def test_a_solved_file_is_like_any_other_to_llama_cpp(toys):
     assert torch.isfinite(torch.as_tensor(logits)).all()
     by_name = {t["name"]: t for t in record["tensors"]}
     assert by_name["blk.0.ffn_up.weight"]["solver"] == "gptq"
-    assert by_name["token_embd.weight"]["solver"] == by_name["output.weight"]["solver"] == "ggml"
+    assert by_name["token_embd.weight"]["solver"] == by_name["output.weight"]["solver"] == "gptq"
 
 
 def test_a_solved_file_comes_nearer_to_the_source(toys):

@@ -39,7 +39,7 @@ ALLOWED = {
     "verify": {"targets", "model", "codecs"},
     "seal": {"targets", "model", "codecs", "files", "verify"},
     "convert": {"plan", "targets", "model", "files", "forward", "evaluate", "verify", "stats", "corpus"}
-    | {"importance", "prefix", "seal"},
+    | {"importance", "prefix", "seal", "sensitivity"},
     "selfcal": {"forward", "model", "corpus", "files"},
     "hardware": set(),
     "memory": {"model", "targets"},

@@ -25,7 +25,7 @@ from quantkit.files.gguf_values import Value
 from quantkit.files.gguf_writer import Layout, layout_gguf, split_layout, tensor_nbytes
 from quantkit.files.imatrix import Imatrix, read_imatrix
 from quantkit.model import Model, in_rows
-from quantkit.targets.gguf_gptq import compensated, solvable
+from quantkit.targets.gguf_gptq import OUTER, compensated, solvable
 from quantkit.targets.gguf_metadata import metadata_of
 from quantkit.targets.layers import require_matches
 from quantkit.targets.mixtures import MIXTURES, Shape, choose, file_type, kind_of, quantizable, requires_imatrix
@@ -63,14 +63,15 @@ def plan_mixture(
     if choices.solver == "gptq" and (choices.imatrix or not calibration):
         raise UsageError("the solver gptq needs a calibration", where=name, hint="do without --imatrix, or --solver")
     given = fitting_imatrix(choices.imatrix, model) if choices.imatrix else None
+    shape = shape_of(model)
     present = [(t.name, t.shape, t.type) for t in tensors]
     require_matches(choices.layers, [t.name for t in tensors if quantizable(t.name, t.shape)])
-    types = choose(name, present, shape_of(model), imatrix=bool(given or calibration), choices=choices)
+    types = choose(name, present, shape, imatrix=bool(given or calibration), choices=choices)
     rows, weighted = [], []
     for t, kind in zip(tensors, types, strict=True):
         same = kind == t.type and model.gguf is not None
         solver = "copy" if same else "cast" if lookup(kind).block == 1 else "ggml"
-        if solver == "ggml" and choices.solver == "gptq" and solvable(kind, len(t.parts), t.reads):
+        if solver == "ggml" and choices.solver == "gptq" and solvable(t.name, kind, len(t.parts), shape.experts):
             solver = "gptq"
         rows.append(Row(t.name, t.source, t.shape, t.type, kind, solver, tensor_nbytes(t.name, t.shape, kind)))
         seen = t.name in given.sums if given else bool(calibration and t.reads)
@@ -86,6 +87,8 @@ def plan_mixture(
     alignment = model.gguf.alignment if model.gguf else GGUF_DEFAULT_ALIGNMENT
     path, layout = laid_out(f"{model.name}-{label}", metadata, rows, alignment, choices.split_bytes)
 
+    outer = any(r.solver == "gptq" and r.name in OUTER for r in rows)
+
     def solve(piece: Piece) -> Iterator[Solved]:
         yield from compensated(piece, [r for r in rows if r.solver == "gptq"])
         for tensor, row in zip(tensors, rows, strict=True):
@@ -95,7 +98,7 @@ def plan_mixture(
 
     copied = sum(r.solver == "copy" for r in rows)
     note = f"{describe(rows)}; {copied} of {len(rows)} tensors copied byte for byte"
-    return Output(target or name, "gguf", path, note, tuple(rows), layout, solve, calibrated, sealed=True)
+    return Output(target or name, "gguf", path, note, tuple(rows), layout, solve, calibrated, sealed=True, outer=outer)
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,7 @@ class Output:
     solve: Callable[[Piece], Iterator[Solved]]
     calibrated: bool
     texts: dict[str, str] = field(default_factory=dict)
+    outer: bool = False  # whether solvers need statistics of embedding and output matrix (`sensitivity`)
     sealed: bool = False  # its bytes are its meaning, and are what verification compares
     behind: bool = False  # calibrated behind its own quantized blocks, and not on the source's activations
 
