@@ -39,12 +39,13 @@ def stats() -> Stats:
 def test_errors_are_less_than_half_of_ggmls_own(name, stats):
     weight, codec = some_weight(), lookup(name)
     by_ggml = decode(name, encode(name, weight, stats.importance), weight.shape)
-    solved = ladder_gptq(weight, stats, codec)
-    raw = solved.raw
+    solution = ladder_gptq(weight, stats, codec, damp=0.05)
+    raw = solution.quantized.raw
     assert raw.shape == (N, codec.row_bytes(K))
     read = ggml.decode(codec, raw).view(N, K)
     assert error(read - weight, stats.gram) < 0.5 * error(by_ggml - weight, stats.gram)
-    assert torch.equal(read, solved.dequantize())
+    assert torch.equal(read, solution.quantized.dequantize())
+    assert solution.fallback == "" and solution.loss < 0.5 * solution.log["loss_rounded"]
 
 
 @pytest.mark.parametrize("name", ["Q2_K", "IQ4_XS"])
@@ -55,7 +56,7 @@ def test_going_over_it_again_never_makes_it_worse(name, stats, monkeypatch):
     made = []
     for rounds in (0, 1, 2):
         monkeypatch.setattr(solver, "ROUNDS", rounds)
-        delta = ladder_gptq(weight, stats, codec).dequantize() - weight
+        delta = ladder_gptq(weight, stats, codec, damp=0.05).quantized.dequantize() - weight
         made.append(error(delta, damped).item())
     assert made[2] <= made[1] * 1.00001 and made[1] < made[0]
 
@@ -63,15 +64,23 @@ def test_going_over_it_again_never_makes_it_worse(name, stats, monkeypatch):
 def test_rows_do_not_influence_one_another(stats):
     """Up to the order of sums in a matrix product, which may tip a code that lies midway."""
     weight, codec = some_weight(3), lookup("Q3_K")
-    together = ladder_gptq(weight, stats, codec).dequantize()
-    alone = torch.cat([ladder_gptq(part, stats, codec).dequantize() for part in weight.split(12)])
+    together = ladder_gptq(weight, stats, codec, damp=0.05).quantized.dequantize()
+    alone = torch.cat([ladder_gptq(part, stats, codec, damp=0.05).quantized.dequantize() for part in weight.split(12)])
     assert (together != alone).float().mean() < 0.02
+
+
+def test_the_weight_that_is_aimed_at_makes_up_for_the_prefix(stats):
+    """With the source's activations twice those that arrive, the best weight is twice the weight."""
+    drifted = Stats(stats.gram, stats.absum, stats.rows, stats.gram.clone())
+    weight = some_weight(4)
+    value = ladder_gptq(weight, drifted, lookup("Q6_K"), damp=0.01).quantized.dequantize()
+    assert error(value - 2 * weight, stats.gram) < 0.01 * error(weight, stats.gram)  # less than damping leaves
 
 
 def test_what_no_token_reaches_is_rounded_by_ggml():
     weight, nothing = some_weight(), Stats(torch.zeros(K, K), torch.zeros(K), 10)
     solved = ladder_gptq(weight, nothing, lookup("Q4_K"))
-    assert torch.equal(solved.raw, encode("Q4_K", weight, torch.zeros(K)))
+    assert solved.fallback and torch.equal(solved.quantized.raw, encode("Q4_K", weight, torch.zeros(K)))
 
 
 def test_statistics_must_be_finite():

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,11 +34,24 @@ MOST_DAMP = 10.0  # no factor with this much on the diagonal: the statistics are
 POLISH = 3  # times that all groups are reconsidered
 
 
+class Codes(Protocol):
+    """A weight as it is stored."""
+
+    def dequantize(self) -> Tensor:
+        """The weight that a reader gets, (N, K) float32."""
+
+    def rows(self, sizes: list[int]) -> list[Self]:
+        """Cut by rows."""
+
+
+Q = TypeVar("Q", bound=Codes)
+
+
 @dataclass(frozen=True)
-class Solution:
+class Solution(Generic[Q]):
     """What a solver found, and how: errors are tr(delta H delta^T) of each row (N,), energy that of the weight."""
 
-    quantized: Quantized
+    quantized: Q
     errors: Tensor
     rounded: Tensor  # the errors of rounding to nearest
     energy: Tensor
@@ -57,14 +70,14 @@ class Solution:
         rounded = (self.rounded.sum() / self.energy.sum().clamp_min(1e-30)).clamp_min(0).item()
         return {"loss_rounded": rounded, "damp": self.damp, "order": self.order, "fallback": self.fallback or None}
 
-    def rows(self, sizes: list[int]) -> list[Solution]:
+    def rows(self, sizes: list[int]) -> list[Solution[Q]]:
         """Cut by rows: the inverse of solving several weights of one input as one."""
         parts = (t.split(sizes) for t in (self.errors, self.rounded, self.energy))
         cut = zip(self.quantized.rows(sizes), *parts, strict=True)
         return [replace(self, quantized=q, errors=e, rounded=r, energy=w) for q, e, r, w in cut]
 
 
-def gptq(weight: Tensor, stats: Stats, grid: Grid, damp: float = DAMP, polishing: int = POLISH) -> Solution:
+def gptq(weight: Tensor, stats: Stats, grid: Grid, damp: float = DAMP, polishing: int = POLISH) -> Solution[Quantized]:
     """Quantize `weight` (N, K) on `grid`, minimizing tr(delta H delta^T).
 
     Rows do not influence one another: weights that read the same activation may be stacked and solved as one. Raises
@@ -92,7 +105,7 @@ def gptq(weight: Tensor, stats: Stats, grid: Grid, damp: float = DAMP, polishing
     return replace(by_rounding, quantized=found, errors=made, fallback="") if better else by_rounding
 
 
-def by_activation(weight: Tensor, stats: Stats, grid: Grid) -> Solution:
+def by_activation(weight: Tensor, stats: Stats, grid: Grid) -> Solution[Quantized]:
     """`gptq` with groups of columns of like importance, which a reader needs `g_idx` for (act-order, `desc_act`)."""
     order = stats.importance.argsort(descending=True, stable=True)
     found = gptq(weight[:, order], stats.permuted(order), grid)
@@ -101,14 +114,14 @@ def by_activation(weight: Tensor, stats: Stats, grid: Grid) -> Solution:
     return replace(found, quantized=q, order="columns by importance")
 
 
-def rounding(weight: Tensor, stats: Stats, grid: Grid, why: str) -> Solution:
+def rounding(weight: Tensor, stats: Stats, grid: Grid, why: str) -> Solution[Quantized]:
     """`weight` rounded to nearest, its ranges searched under importance: where `why` speaks against solving."""
     found = _rounded(weight.float(), stats.hessian, grid, 0.0, why)
     q = weighted(weight, stats, grid)
     return replace(found, quantized=q, errors=errors(q.dequantize() - weight, stats.hessian), order="none")
 
 
-def _rounded(weight: Tensor, hessian: Tensor, grid: Grid, damp: float, why: str) -> Solution:
+def _rounded(weight: Tensor, hessian: Tensor, grid: Grid, damp: float, why: str) -> Solution[Quantized]:
     q = rtn(weight, None, grid)
     made = errors(q.dequantize() - weight, hessian)
     return Solution(q, made, made, errors(weight, hessian), damp, why)

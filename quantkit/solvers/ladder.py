@@ -22,10 +22,10 @@ from torch import Tensor
 from quantkit.codecs import Codec, decode, encode
 from quantkit.codecs.parts import Ladder, Parts
 from quantkit.errors import BadInput
-from quantkit.solvers.gptq import group_aware_order, inverse_factor, one_thread
-from quantkit.stats import Stats, error
+from quantkit.solvers.gptq import Solution, aim, damped_factor, group_aware_order, one_thread
+from quantkit.stats import Stats, errors
 
-DAMP = 0.05  # of the mean diagonal, added to the diagonal
+DAMP = 0.15  # of the mean diagonal, added to the diagonal
 OWN_ROUNDS = 2  # of `_descend` over a block before its errors are handed on
 ROUNDS = 2  # of `_descend` over all blocks
 CHUNK = 32  # columns that are updated one by one; those behind them are by one product
@@ -48,36 +48,48 @@ class Encoded:
         return [replace(self, raw=raw) for raw in self.raw.split(sizes)]
 
 
-def ladder_gptq(weight: Tensor, stats: Stats, codec: Codec, damp: float = DAMP) -> Encoded:
+def ladder_gptq(weight: Tensor, stats: Stats, codec: Codec, damp: float = DAMP) -> Solution[Encoded]:
     """Encode `weight` (N, K) as blocks of `codec`, which has a ladder, minimizing tr(delta H delta^T).
 
-    Rows do not influence one another: weights that read the same activation may be stacked. Where the outcome is no
-    better than ggml's own encoding with the importance diag(H), it is that encoding. BadInput where the statistics are
-    not finite.
+    Rows do not influence one another: weights that read the same activation may be stacked. Behind a quantized prefix,
+    what is encoded is `aim`. Where the outcome is no better than ggml's own encoding with the importance diag(H), or
+    H has no Cholesky factor, it is that encoding. BadInput where the statistics are not finite.
     """
     weight, hessian = weight.float(), stats.hessian
     if not bool(torch.isfinite(hessian).all()):
         raise BadInput("the calibration statistics are not finite", hint="the model overflows on this text")
-    by_ggml = Encoded(codec, encode(codec.name, weight, stats.importance))
-    if not bool(hessian.any()):  # no token came here
-        return by_ggml
-    importance = hessian.diagonal()
-    importance = torch.where(importance == 0, importance.mean(), importance)  # unseen is not worthless
+    if not bool(hessian.any()):
+        return _by_ggml(weight, stats, codec, 0.0, "no calibration token reached it")
+    lower, damp = damped_factor(hessian, damp)
+    if lower is None:
+        return _by_ggml(weight, stats, codec, damp, "its statistics have no Cholesky factor")
+    inverse = torch.cholesky_inverse(lower)
+    goal = aim(weight, stats, inverse)
+    by_ggml = _by_ggml(goal, stats, codec, damp, "solving did no better")
+    found = _solved(goal, hessian.diagonal(), lower @ lower.T, inverse, codec)
+    made = errors(found.dequantize() - goal, hessian)
+    better = bool(made.sum() < by_ggml.errors.sum())
+    return replace(by_ggml, quantized=found, errors=made, fallback="") if better else by_ggml
+
+
+def _by_ggml(weight: Tensor, stats: Stats, codec: Codec, damp: float, why: str) -> Solution[Encoded]:
+    encoded = Encoded(codec, encode(codec.name, weight, stats.importance))
+    made = errors(encoded.dequantize() - weight, stats.hessian)
+    return Solution(encoded, made, made, errors(weight, stats.hessian), damp, why)
+
+
+def _solved(goal: Tensor, diagonal: Tensor, damped: Tensor, inverse: Tensor, codec: Codec) -> Encoded:
+    importance = torch.where(diagonal == 0, diagonal.mean(), diagonal)  # unseen is not worthless: an average column
     order = group_aware_order(importance, codec.block)
-    upper = inverse_factor(hessian[order][:, order], damp)
-    damped = hessian.clone()
-    damped.diagonal().add_(damp * importance.mean())
     with one_thread():
-        blocks = _greedy(weight, importance, order, upper, codec)
-        left = ((weight - torch.cat([b.values() for b in blocks]).T) @ damped).T.contiguous()  # minus half the gradient
+        blocks = _greedy(goal, importance, order, torch.linalg.cholesky(inverse[order][:, order], upper=True), codec)
+        left = ((goal - torch.cat([b.values() for b in blocks]).T) @ damped).T.contiguous()  # minus half the gradient
         for _ in range(ROUNDS):
             for i in (order[:: codec.block] // codec.block).tolist():
                 own = slice(i * codec.block, (i + 1) * codec.block)
                 moved = _descend(blocks[i], left[own].clone(), damped[own, own].contiguous())
                 left.addmm_(damped[own].T, moved, alpha=-1)
-        found = Encoded(codec, torch.cat([codec.join(b.ladder.write(b.parts())) for b in blocks], 1))
-    made = [error(e.dequantize() - weight, hessian) for e in (found, by_ggml)]
-    return found if bool(made[0] < made[1]) else by_ggml
+        return Encoded(codec, torch.cat([codec.join(b.ladder.write(b.parts())) for b in blocks], 1))
 
 
 @dataclass

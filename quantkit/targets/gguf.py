@@ -25,7 +25,7 @@ from quantkit.files.gguf_values import Value
 from quantkit.files.gguf_writer import Layout, layout_gguf, split_layout, tensor_nbytes
 from quantkit.files.imatrix import Imatrix, read_imatrix
 from quantkit.model import Model, in_rows
-from quantkit.targets.gguf_gptq import OUTER, compensated, solvable
+from quantkit.targets.gguf_gptq import OUTER, compensated, known, solvable
 from quantkit.targets.gguf_metadata import metadata_of
 from quantkit.targets.layers import require_matches
 from quantkit.targets.mixtures import MIXTURES, Shape, choose, file_type, kind_of, quantizable, requires_imatrix
@@ -88,17 +88,31 @@ def plan_mixture(
     path, layout = laid_out(f"{model.name}-{label}", metadata, rows, alignment, choices.split_bytes)
 
     outer = any(r.solver == "gptq" and r.name in OUTER for r in rows)
+    behind = any(r.solver == "gptq" for r in rows) and choices.inputs == "quantized" and not shape.experts
 
     def solve(piece: Piece) -> Iterator[Solved]:
         yield from compensated(piece, [r for r in rows if r.solver == "gptq"])
         for tensor, row in zip(tensors, rows, strict=True):
             if row.solver != "gptq" and tensor.parts[0] in piece.refs:
                 importance = _importance(piece, tensor, given, calibrated) if row.name in weighted else None
-                yield encoded(piece, tensor, row, importance)
+                solved = encoded(piece, tensor, row, importance)
+                yield known(piece, row, solved) if behind else solved
 
     copied = sum(r.solver == "copy" for r in rows)
     note = f"{describe(rows)}; {copied} of {len(rows)} tensors copied byte for byte"
-    return Output(target or name, "gguf", path, note, tuple(rows), layout, solve, calibrated, sealed=True, outer=outer)
+    return Output(
+        target or name,
+        "gguf",
+        path,
+        note,
+        tuple(rows),
+        layout,
+        solve,
+        calibrated,
+        sealed=True,
+        behind=behind,
+        outer=outer,
+    )
 
 
 @dataclass(frozen=True)

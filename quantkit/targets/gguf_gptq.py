@@ -8,16 +8,19 @@ matrices of a model that has some, and what has a type of another kind. The repo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from quantkit.codecs import lookup
+from quantkit.codecs import Codec, decode, lookup
+from quantkit.solvers.gptq import Solution
 from quantkit.solvers.ladder import Encoded, ladder_gptq
-from quantkit.targets.target import Piece, Row, Solved, readers_of, weight_loss
+from quantkit.stats import Stats
+from quantkit.targets.target import Piece, Row, Solved, readers_of
 
 OUTER = ("token_embd.weight", "output.weight")
-SLAB = 1 << 24  # weights that are solved at a time: rows do not influence one another
+SLAB = 1 << 24  # weights that are solved at a time
 
 
 def solvable(name: str, kind: str, parts: int, experts: int) -> bool:
@@ -35,17 +38,36 @@ def compensated(piece: Piece, rows: Sequence[Row]) -> Iterator[Solved]:
             if row.source in names:
                 kinds.setdefault(row.type, []).append(row)
         for kind, members in kinds.items():
-            weights = [in_order(piece, row.source) for row in members]
-            stats, codec = piece.stats[activation], lookup(kind)
-            slabs = torch.cat(weights).split(max(1, SLAB // weights[0].shape[1]))
-            solved = Encoded(codec, torch.cat([ladder_gptq(slab, stats, codec).raw for slab in slabs]))
-            for row, weight, made in zip(members, weights, solved.rows([len(w) for w in weights]), strict=True):
-                loss = weight_loss(weight, made.dequantize(), stats)
-                yield Solved(row.source, {row.name: made.raw.flatten()}, None, loss)
+            weights = [ordered(piece, row.source, piece.weights[row.source]) for row in members]
+            found = _in_slabs(torch.cat(weights), piece.stats[activation], lookup(kind))
+            for row, s in zip(members, found.rows([len(w) for w in weights]), strict=True):
+                value = ordered(piece, row.source, s.quantized.dequantize(), back=True)
+                yield Solved(row.source, {row.name: s.quantized.raw.flatten()}, value, s.loss, s.log)
 
 
-def in_order(piece: Piece, name: str) -> Tensor:
-    """A weight with its rows in GGUF's order."""
+def _in_slabs(weight: Tensor, stats: Stats, codec: Codec) -> Solution[Encoded]:
+    """Solve a slab of rows at a time: rows do not influence one another, and an embedding has many."""
+    found = [ladder_gptq(slab, stats, codec) for slab in weight.split(max(1, SLAB // weight.shape[1]))]
+    return replace(
+        found[0],
+        quantized=Encoded(codec, torch.cat([f.quantized.raw for f in found])),
+        errors=torch.cat([f.errors for f in found]),
+        rounded=torch.cat([f.rounded for f in found]),
+        energy=torch.cat([f.energy for f in found]),
+    )
+
+
+def ordered(piece: Piece, name: str, weight: Tensor, back: bool = False) -> Tensor:
+    """A weight's rows in GGUF's order, or `back` in HF's."""
     layout = piece.refs[name].placed.weight.layout
-    weight = piece.weights[name]
-    return layout.to_gguf(weight, piece.model.config) if layout else weight
+    if layout is None:
+        return weight
+    return (layout.to_hf if back else layout.to_gguf)(weight, piece.model.config)
+
+
+def known(piece: Piece, row: Row, solved: Solved) -> Solved:
+    """`solved`, with the weight that a reader gets: the layers behind it are solved for that."""
+    if solved.value is not None or row.solver == "copy" or len(row.shape) != 2:
+        return solved
+    value = decode(row.type, solved.parts[row.name], row.shape)
+    return replace(solved, value=ordered(piece, row.source, value, back=True))
