@@ -87,15 +87,13 @@ def candidate(
     name: str, model: Model, score: Score, reference: Model, extra: dict[str, Any] | None = None
 ) -> Candidate:
     """A scored model as a candidate."""
-    matrices = [r for r in model.tensors.values() if r.placed.layer is not None and len(r.shape) > 1]
-    bits = 8 * sum(r.nbytes for r in matrices) / sum(prod(r.shape) for r in matrices)
     return Candidate(
         name,
         model.path,
         model.format,
         model.disk_bytes,
         8 * model.nbytes / model.parameters,
-        bits,
+        block_bits(model),
         score,
         differences(model, reference),
         extra,
@@ -112,19 +110,32 @@ def differences(model: Model, reference: Model) -> str | None:
 
 
 def broken(c: Candidate) -> str | None:
-    """Why a variant is broken, or None: what no rounding to its bits does."""
-    score, kl = c.score, c.score.kl_divergence
-    if kl is None or not all(map(math.isfinite, (score.perplexity, kl.mean, kl.max))):
+    """Why a variant is broken, or None."""
+    kl = c.score.kl_divergence
+    worst = kl.mean if kl and math.isfinite(kl.max) else None
+    return c.differs or verdict(worst, c.score.delta_ln_ppl, c.score.same_top, c.block_bits)
+
+
+def verdict(kl: float | None, delta_ln_ppl: float | None, same_top: float | None, bits: float) -> str | None:
+    """What is broken about a variant of `bits` bits a weight with these scores: what no rounding to its bits does.
+
+    A number that is not finite, or None in its place, is broken.
+    """
+    if kl is None or delta_ln_ppl is None or not (math.isfinite(kl) and math.isfinite(delta_ln_ppl)):
         return "predicts values that are not finite"
-    ratio = math.exp(min(score.delta_ln_ppl or 0.0, 700.0))
-    if ratio > MAX_PPL_RATIO:
+    if (ratio := math.exp(min(delta_ln_ppl, 700.0))) > MAX_PPL_RATIO:
         return f"perplexity is {ratio:.3g} times the reference's"
-    if (score.same_top or 0.0) < MIN_SAME_TOP:
-        return f"only {100 * (score.same_top or 0.0):.1f}% of its top tokens are the reference's"
-    bound = KL_FLOOR + KL_PER_STEP * 4**-c.block_bits
-    if kl.mean > bound:
-        return f"KL {kl.mean:.3g} is over {bound:.3g}, ten times what {c.block_bits:.1f} bits cost"
-    return c.differs
+    if (same_top or 0.0) < MIN_SAME_TOP:
+        return f"only {100 * (same_top or 0.0):.1f}% of its top tokens are the reference's"
+    if kl > (bound := KL_FLOOR + KL_PER_STEP * 4**-bits):
+        return f"KL {kl:.3g} is over {bound:.3g}, ten times what {bits:.1f} bits cost"
+    return None
+
+
+def block_bits(model: Model) -> float:
+    """Bits a weight of the matrices in a model's blocks, where its quality is decided."""
+    matrices = [r for r in model.tensors.values() if r.placed.layer is not None and len(r.shape) > 1]
+    return 8 * sum(r.nbytes for r in matrices) / sum(prod(r.shape) for r in matrices)
 
 
 def tied(a: Candidate, b: Candidate) -> bool:

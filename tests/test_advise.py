@@ -236,3 +236,18 @@ def test_the_table_says_what_to_take(smollm2):
     assert code == 0 and f"Take {smollm2.name}" in stdout and "wholly" in stdout and "read by llama.cpp" in stdout
     code, stdout, _ = quantkit("advise", smollm2, "--ram", "128MiB")
     assert code == 0 and "Nothing fits" in stdout
+
+
+def test_a_broken_variant_of_a_report_is_not_recommended(smollm2, tmp_path):
+    out = tmp_path / "out"
+    targets = ("--to", "Q8_0", "--to", "Q4_0")
+    assert quantkit("convert", smollm2, "-o", out, *targets, "--no-calibration", "--no-eval")[0] == 0
+    report = json.loads((out / "report.json").read_text())
+    report["evaluation"] = {"name": "a text"}
+    for v, kl in zip(report["variants"], (0.9, 0.1), strict=True):
+        v |= {"kl_divergence": {"mean": kl}, "delta_ln_ppl": 0.05, "same_top": 0.8}
+    (out / "report.json").write_text(json.dumps(report))
+    code, stdout, _ = quantkit("advise", out, "--vram", "8GiB", "--json")
+    record = json.loads(stdout)
+    assert code == 0 and record["recommendation"]["name"] == "Q4_0"
+    assert {v["name"]: bool(v["broken"]) for v in record["variants"]} == {"Q8_0": True, "Q4_0": False}

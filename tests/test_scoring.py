@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import os
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -20,7 +20,8 @@ from test_convert import quantkit
 from toy import toy_model, write_toy
 
 from quantkit import cache, llamacpp, scoring
-from quantkit.corpus import C4_DOCUMENTS, C4_FILE, C4_REPO, C4_REVISION, evaluation_chunks
+from quantkit.corpus import C4_DOCUMENTS, C4_FILE, C4_REPO, C4_REVISION, evaluation_chunks, load_text
+from quantkit.errors import BadInput
 from quantkit.model import open_model
 
 CTX, CHUNKS = 64, 6
@@ -215,19 +216,25 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def test_c4_comes_from_the_hub_at_a_pinned_revision(tmp_path):
+def test_c4_comes_from_the_hub_at_a_pinned_revision(tmp_path, monkeypatch):
     server = HTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    script = "from quantkit.corpus import load_text; t = load_text('c4'); print(t.source); print(t.plain())"
-    address = f"http://127.0.0.1:{server.server_port}"
-    environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    address, real = f"http://127.0.0.1:{server.server_port}", huggingface_hub.hf_hub_download
+    local = functools.partial(real, endpoint=address, cache_dir=tmp_path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", local)
+    text = load_text("c4")
     server.shutdown()
-    assert done.returncode == 0, done.stderr[-2000:]
-    source, text = done.stdout.rstrip("\n").split("\n")
-    assert source == f"{C4_REPO}@{C4_REVISION}/{C4_FILE}"
-    assert text == " ".join(f"document {i}" for i in range(C4_DOCUMENTS))
+    server.server_close()
+    assert text.source == f"{C4_REPO}@{C4_REVISION}/{C4_FILE}"
+    assert text.plain() == " ".join(f"document {i}" for i in range(C4_DOCUMENTS))
+
+    def offline(**request: object) -> None:
+        raise ConnectionError("no network\nat all")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(BadInput, match=r"c4 cannot be downloaded.*\.jsonl") as caught:
+        load_text("c4")
+    assert "\n" not in str(caught.value)
 
 
 def test_tasks_without_lm_eval_say_what_to_install(place, monkeypatch):

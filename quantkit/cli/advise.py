@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -13,11 +13,11 @@ from rich.table import Table
 from quantkit.advise import Ask, Fit, Option, fit, recommend, runtime
 from quantkit.cli.options import SOURCE
 from quantkit.cli.show import out, size
-from quantkit.compare import named, read_folder
+from quantkit.compare import block_bits, named, read_folder, verdict
 from quantkit.errors import UsageError
 from quantkit.hardware import GIB, Machine, machine
 from quantkit.memory import KV_BYTES, weights_of, weights_of_output
-from quantkit.model import Model, open_model
+from quantkit.model import open_model
 from quantkit.targets import Calibration, Choices, plan_output
 
 WORDS = {"vram": "wholly", "split": "split", "ram": "in RAM", "no": "does not fit"}
@@ -59,21 +59,28 @@ def command(
         return
     best, reason = choice
     if best.bounds:
-        each = ", ".join(f"{bound:.3g} ({name})" for name, bound in best.bounds)
+        each = ", ".join(f"{_speed(bound)} ({name})" for name, bound in best.bounds)
         out.print(f"tokens/s at most, from bytes a token and memory bandwidth alone: {each}", soft_wrap=True)
     out.print(f"Take {best.option.weights.name}: {reason}.", soft_wrap=True)
 
 
 def _made(models: list[str]) -> list[Option]:
-    """Variants that are there, with their KL where a report has it."""
-    known = {}
+    """Variants that are there, with their KL where a report has it, and what is broken about them."""
+    reported: dict[str, dict[str, Any]] = {}
     for source in models:
-        if folder := read_folder(source):
-            for v in folder.report["variants"]:
-                known[str(Path(source) / v["path"])] = (v.get("kl_divergence") or {}).get("mean")
-    opened: dict[str, Model] = {name: open_model(path) for name, path in named(models).items()}
-    paths = named(models)
-    return [Option(weights_of(n, m), runtime(m), known.get(paths[n])) for n, m in opened.items()]
+        folder = read_folder(source)
+        if folder and folder.report.get("evaluation"):
+            reported |= {str(Path(source) / v["path"]): v for v in folder.report["variants"]}
+    options = []
+    for name, path in named(models).items():
+        model, found = open_model(path), reported.get(path)
+        if found is None:
+            options.append(Option(weights_of(name, model), runtime(model)))
+            continue
+        kl = (found.get("kl_divergence") or {}).get("mean")
+        fault = verdict(kl, found.get("delta_ln_ppl"), found.get("same_top"), block_bits(model))
+        options.append(Option(weights_of(name, model), runtime(model), kl, fault))
+    return options
 
 
 def _predicted(models: list[str], types: list[str]) -> list[Option]:
@@ -102,7 +109,7 @@ def _show(fits: list[Fit], place: Machine, asked: str) -> None:
             w.name,
             size(w.nbytes),
             "" if f.option.kl is None else f"{f.option.kl:.5f}",
-            f"{f.layers} of {len(w.blocks)} layers" if f.where == "split" else WORDS[f.where],
+            "BROKEN" if f.option.broken else f"{f.layers} of {len(w.blocks)} layers" if f.layers else WORDS[f.where],
             *(f"{part / GIB:.2f}" for part in parts),
             f"{f.largest_context:,}" if f.largest_context else "",
             _range([bound for _, bound in f.bounds]),
@@ -114,4 +121,8 @@ def _show(fits: list[Fit], place: Machine, asked: str) -> None:
 
 def _range(bounds: list[float]) -> str:
     low, high = (min(bounds), max(bounds)) if bounds else (0.0, 0.0)
-    return "" if not bounds else f"{low:.3g}" if len(bounds) == 1 else f"{low:.3g} to {high:.3g}"
+    return "" if not bounds else _speed(low) if len(bounds) == 1 else f"{_speed(low)} to {_speed(high)}"
+
+
+def _speed(bound: float) -> str:
+    return f"{bound:,.0f}" if bound >= 10 else f"{bound:.1f}"

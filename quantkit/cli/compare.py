@@ -156,14 +156,19 @@ def show(rows: list[Row], title: str) -> None:
         table.add_column(name, justify="left" if i == 1 else "right", no_wrap=True)
     for name in ("as run", "runtime KL", "tokens") if ran else ():
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", overflow="fold")
+    table.add_column("", no_wrap=True)
     for row in rows:
-        *numbers, note = cells(row)
+        *numbers, _ = cells(row)
         extra = row.candidate.extra
         more = () if not ran else ("", "", "")
         if extra:
             equal = "equal" if extra["tokenizer"]["equal"] else "differ"
             as_run = f"{extra['as_run']['kl_divergence']['mean']:.5f}"
             more = (as_run, f"{extra['runtime']['kl_divergence']['mean']:.5f}", equal)
-        table.add_row(*numbers, *more, note)
+        table.add_row(*numbers, *more, "BROKEN" if row.broken else "front" if row.front else "")
     out.print(table)
+    for row in rows:
+        if row.broken or row.ties:
+            said = f"BROKEN: {row.broken}" if row.broken else f"a tie with {', '.join(row.ties)}"
+            out.print(f"{row.candidate.name}: {said}", soft_wrap=True)
+    out.print("front: on the Pareto front; of any other, a smaller file is as good or better.")
