@@ -37,7 +37,7 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *(rf"re:.*\.{w.hf}$" for w in model.arch.block if w.kept)],
     }
     return folder_output(
         match[0].lower(),
