@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from quantkit.codecs.grid import Grid, Quantized
 from quantkit.errors import BadInput
+from quantkit.solvers.replay import replayed
 from quantkit.solvers.rtn import rtn, weighted
 from quantkit.stats import Stats, errors
 
@@ -147,11 +149,12 @@ def _greedy(weight: Tensor, hessian: Tensor, inverse: Tensor, grid: Grid) -> Qua
     w = weight[:, order].T.contiguous()  # (K, N): the columns in their order, each contiguous
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     scales, zeros = [], []
+    columns = replayed(partial(_columns, grid), w[:g], upper[:g, :g], w[0], w[0])
     for start in range(0, len(w), g):
         block = slice(start, start + g)
         with one_thread():
             scale, zero = grid.fit(w[block].T.contiguous(), importance[order[block]])
-            codes[block], missed = _columns(w[block], upper[block, block], scale, zero, grid)
+            codes[block], missed = columns(w[block], upper[block, block], scale, zero)
         w[start + g :].addmm_(upper[block, start + g :].T, missed, alpha=-1)
         scales.append(scale)
         zeros.append(zero)
@@ -162,7 +165,7 @@ def _greedy(weight: Tensor, hessian: Tensor, inverse: Tensor, grid: Grid) -> Qua
     )
 
 
-def _columns(w: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def _columns(grid: Grid, w: Tensor, upper: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     """Round the columns w (g, N) of one group in turn, in place; codes and scaled errors, both (g, N)."""
     codes, missed = torch.empty_like(w), torch.empty_like(w)
     for i, column in enumerate(w):
@@ -181,32 +184,33 @@ def polish(weight: Tensor, hessian: Tensor, q: Quantized, grid: Grid) -> Quantiz
     g = grid.group
     left = ((weight - q.dequantize()) @ hessian).T.contiguous()  # (K, N): minus half the gradient
     codes, scales = q.codes.T.float(), q.scales.float()
+    better = replayed(partial(_reconsider, grid), codes[:g], left[:g], hessian[:g, :g], scales[:, 0], scales[:, 0])
     for i, start in enumerate(range(0, len(codes), g)):
         block = slice(start, start + g)
-        scale, zero, own = scales[:, i], q.zeros[:, i].float(), hessian[block, block].contiguous()
+        own, zero = hessian[block, block].contiguous(), q.zeros[:, i].float()
         with one_thread():
-            moved = _reconsider(codes[block], left[block].clone(), own, scale, zero, grid)
+            codes[block], scales[:, i], moved = better(codes[block], left[block], own, scales[:, i], zero)
         left.addmm_(hessian[block].T, moved, alpha=-1)
     return replace(q, codes=codes.T.byte().contiguous(), scales=scales.half())
 
 
-def _reconsider(codes: Tensor, left: Tensor, own: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
-    """Better `codes` (g, N) and `scale` (N,) of one group, in place; the steps (g, N) that its weights made."""
+def _reconsider(
+    grid: Grid, codes: Tensor, left: Tensor, own: Tensor, scale: Tensor, zero: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Better codes (g, N) and scales (N,) of one group, and the steps (g, N) that its weights made."""
     levels = codes - zero
     curve = (levels * (own @ levels)).sum(0)
     best = (scale + (levels * left).sum(0) / curve.clamp_min(1e-30)).half().float()
     best = torch.where((curve > 0) & torch.isfinite(best) & (best != 0), best, scale)
     moved = levels * (best - scale)
-    scale.copy_(best)
     left = left - own @ moved
-    step = own.diagonal().clamp_min(1e-30)
+    step, chosen = own.diagonal().clamp_min(1e-30), torch.empty_like(codes)
     for k, code in enumerate(codes):
-        wanted = torch.round(code + left[k] / step[k] / scale).clamp_(0, grid.top)
-        change = (wanted - code) * scale
-        code.copy_(wanted)
+        chosen[k] = torch.round(code + left[k] / step[k] / best).clamp_(0, grid.top)
+        change = (chosen[k] - code) * best
         moved[k] += change
         left.addr_(own[k], change, alpha=-1)
-    return moved
+    return chosen, best, moved
 
 
 @contextmanager

@@ -327,5 +327,5 @@ def folder_output(
     texts = {"config.json": json.dumps(config, indent=2) + "\n"} | dict(model.files) | dict(extra or {})
     layout = safetensors.layout_folder(specs)
     solved = bool(parts.keys() - exact)
-    sealed = quantization is None
-    return Output(target, format, target, note, tuple(rows), layout, solve, solved, texts, sealed, behind and solved)
+    kinds = {"sealed": quantization is None, "behind": behind and solved}
+    return Output(target, format, target, note, tuple(rows), layout, solve, solved, texts, **kinds)
