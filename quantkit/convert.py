@@ -128,7 +128,7 @@ def convert(
             products = [_open(o, out, force, all_products) for o in plan.outputs]
             sums: Sums = {}
             yield from _solve(model, net, products, device, calibration if plan.calibrated else None, sums)
-            weighted = any(o.format == "gguf" and o.calibrated for o in plan.outputs)
+            weighted = any(o.format == "gguf" and o.calibrated and not o.behind for o in plan.outputs)
             if weighted and calibration is not None and text is not None:
                 write_imatrix(out / IMATRIX_FILE, imatrix_of(model, sums, text.name, calibration))
             finished = []

@@ -104,12 +104,13 @@ def toys(tmp_path_factory):
 
 
 def test_a_solved_file_is_like_any_other_to_llama_cpp(toys):
-    """The same types and size, and it runs."""
+    """The same types, the same size but for the metadata that name an importance matrix, and it runs."""
     (plain, _), (solved, record) = toys["ggml"], toys["gptq"]
     of = {
         path: {t.name: (t.tensor_type, tuple(t.shape)) for t in gguf.GGUFReader(path).tensors} for path in toys_of(toys)
     }
-    assert of[plain] == of[solved] and plain.stat().st_size == solved.stat().st_size == record["bytes"]
+    assert of[plain] == of[solved] and solved.stat().st_size == record["bytes"]
+    assert 0 <= plain.stat().st_size - solved.stat().st_size < 256
     logits = Oracle(solved).logits(list(range(2, 60)))
     assert torch.isfinite(torch.as_tensor(logits)).all()
     by_name = {t["name"]: t for t in record["tensors"]}

@@ -79,16 +79,16 @@ def plan_mixture(
             raise _blind(name, t.name, kind, choices.imatrix)
         weighted += [t.name] if seen and solver in ("ggml", "gptq") and kind not in UNWEIGHTED else []
     calibrated = bool(weighted) and given is None
+    behind = any(r.solver == "gptq" for r in rows) and choices.inputs == "quantized" and not shape.experts
     metadata = described(model, name)
     if choices.imatrix and given and weighted:
         metadata |= imatrix_keys(choices.imatrix.name, given.datasets, len(given.sums), given.chunks)
-    elif calibration and weighted:
+    elif calibration and weighted and not behind:  # there the source's activations are not measured
         metadata |= imatrix_keys(IMATRIX_FILE, (calibration.text,), len(readers(model)), calibration.rows)
     alignment = model.gguf.alignment if model.gguf else GGUF_DEFAULT_ALIGNMENT
     path, layout = laid_out(f"{model.name}-{label}", metadata, rows, alignment, choices.split_bytes)
 
     outer = any(r.solver == "gptq" and r.name in OUTER for r in rows)
-    behind = any(r.solver == "gptq" for r in rows) and choices.inputs == "quantized" and not shape.experts
 
     def solve(piece: Piece) -> Iterator[Solved]:
         yield from compensated(piece, [r for r in rows if r.solver == "gptq"])
