@@ -12,18 +12,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from quantkit.codecs import decode, decode_torch, lookup
-from quantkit.errors import VerifyError
+from quantkit.errors import QuantkitError, VerifyError
 from quantkit.files.gguf import GGUF
 from quantkit.files.safetensors import open_folder
-from quantkit.model import Model
 from quantkit.targets import Output, Row
-from quantkit.verify import reopened
+from quantkit.verify import check_size, reopened
 
 SAMPLE = 1 << 13  # weights of a tensor that both decoders are given, in whole rows
 
@@ -36,20 +36,31 @@ def seal(parts: Iterable[Tensor]) -> str:
     return hashed.hexdigest()
 
 
+@dataclass(frozen=True)
+class _Written:
+    """A finished output as it lies on the disk: type and shape of every tensor, and a way to read what is stored."""
+
+    kinds: Mapping[str, tuple[str, tuple[int, ...]]]
+    read: Callable[[str], Tensor]
+    gguf: GGUF | None = None
+
+
 def check_seals(output: Output, path: Path, seals: Mapping[str, str]) -> Iterator[str]:
     """Reopen `output` at `path` and hold every tensor against its seal (by HF name), yielding each name when done.
 
-    Opening holds names, shapes and configuration against the architecture. Raises VerifyError.
+    A GGUF is opened as a source is, which holds its names, shapes and keys against the architecture; of a folder, the
+    small files must be the planned ones. Raises VerifyError.
     """
-    model = reopened(output, path)
-    read, kinds = _reader(model, path)
+    written = _gguf(output, path) if output.format == "gguf" else _folder(output, path)
 
     def check(row: Row) -> str | None:
-        if kinds[row.name] != row.type:
-            return f"the tensor {row.name} is {kinds[row.name]} where {row.type} was planned"
-        if seal([read(row.name)]) != seals[row.source]:
+        kind = written.kinds.get(row.name)
+        if kind != (row.type, row.shape):
+            found = f"{kind[0]} {kind[1]}" if kind else "missing"
+            return f"the tensor {row.name} is {found} where {row.type} {row.shape} was planned"
+        if seal([written.read(row.name)]) != seals[row.source]:
             return f"the tensor {row.name} does not read back as it was written"
-        if model.gguf and not _both_decoders_agree(model.gguf, row.name):
+        if written.gguf and not _both_decoders_agree(written.gguf, row.name):
             return f"two decoders read the tensor {row.name} differently"
         return None
 
@@ -60,12 +71,23 @@ def check_seals(output: Output, path: Path, seals: Mapping[str, str]) -> Iterato
             yield row.name
 
 
-def _reader(model: Model, path: Path) -> tuple[Callable[[str], Tensor], dict[str, str]]:
-    """How to read what is stored as a tensor, and the type of each, as a plan names it."""
-    if model.gguf:
-        return model.gguf.raw, {name: info.type for name, info in model.gguf.tensors.items()}
-    folder = open_folder(path)
-    return folder.read, {name: str(entry.dtype).removeprefix("torch.") for name, entry in folder.entries.items()}
+def _gguf(output: Output, path: Path) -> _Written:
+    gguf = reopened(output, path).gguf
+    assert gguf is not None
+    return _Written({name: (t.type, t.shape) for name, t in gguf.tensors.items()}, gguf.raw, gguf)
+
+
+def _folder(output: Output, path: Path) -> _Written:
+    check_size(output, path)
+    for name, text in output.texts.items():
+        if (path / name).read_bytes() != text.encode():
+            raise VerifyError(f"the file {name} does not read back as it was written", where=output.path)
+    try:
+        folder = open_folder(path)
+    except QuantkitError as e:
+        raise VerifyError(f"does not open again ({e})", where=output.path) from e
+    kinds = {name: (str(e.dtype).removeprefix("torch."), e.shape) for name, e in folder.entries.items()}
+    return _Written(kinds, folder.read)
 
 
 def _both_decoders_agree(gguf: GGUF, name: str) -> bool:

@@ -27,13 +27,18 @@ def digest(value: Tensor) -> str:
 
 def reopened(output: Output, path: Path) -> Model:
     """The finished `output`, opened again; VerifyError where its size is not the planned one or it does not open."""
-    found = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
-    if found != output.nbytes:
-        raise VerifyError(f"has {found:,} bytes where {output.nbytes:,} were planned", where=output.path)
+    check_size(output, path)
     try:
         return open_model(path)
     except QuantkitError as e:
         raise VerifyError(f"does not open again ({e})", where=output.path) from e
+
+
+def check_size(output: Output, path: Path) -> None:
+    """VerifyError where the files of the finished `output` are not as large as planned."""
+    found = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+    if found != output.nbytes:
+        raise VerifyError(f"has {found:,} bytes where {output.nbytes:,} were planned", where=output.path)
 
 
 def verify(output: Output, path: Path, digests: Mapping[str, str]) -> Iterator[str]:

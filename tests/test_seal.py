@@ -63,7 +63,7 @@ def turned_to_infinity(raw: bytearray, source: GGUF) -> None:
     [
         (flipped, f"the tensor {UP} does not read back as it was written"),
         (swapped, f"the tensor {GATE} does not read back as it was written"),
-        (retyped, f"the tensor {UP} is IQ4_NL where Q4_0 was planned"),
+        (retyped, rf"the tensor {UP} is IQ4_NL \(512, 256\) where Q4_0 \(512, 256\) was planned"),
         (cut, "bytes where .* were planned"),
         (turned_to_infinity, f"the tensor {UP} does not read back as it was written"),
     ],
@@ -85,6 +85,28 @@ def gguf_of(output: Output, source: GGUF, path: Path) -> Path:
         for row in output.rows:
             writer.write(row.name, source.raw(row.name))
     return path
+
+
+def test_a_small_file_that_differs_is_told(sound, tmp_path):
+    recipe = load_recipe(None, {"to": ["fp16"]}).model_copy(update={"calibration": None, "eval_text": None})
+    output = make_plan(open_model(sound), recipe, torch.device("cpu")).outputs[0]
+    seals, tensors = {}, open_model(sound).tensors
+    with output.writer(tmp_path / "fp16") as writer:
+        for row in output.rows:
+            half = tensors[row.source].read().half()
+            seals[row.source] = seal([half])
+            writer.write(row.name, half)
+    assert list(check_seals(output, tmp_path / "fp16", seals)) == [row.name for row in output.rows]
+    config = tmp_path / "fp16" / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": 256', '"hidden_size": 255'))
+    with pytest.raises(VerifyError, match=re.escape("the file config.json does not read back as it was written")):
+        list(check_seals(output, tmp_path / "fp16", seals))
+
+
+def test_floats_are_sealed_and_packed_folders_are_taken_apart(sound):
+    recipe = load_recipe(None, {"to": ["fp16", "gptq", "Q4_K_M"]}).model_copy(update={"eval_text": None})
+    outputs = make_plan(open_model(sound), recipe, torch.device("cpu")).outputs
+    assert {o.target: o.sealed for o in outputs} == {"fp16": True, "gptq": False, "Q4_K_M": True}
 
 
 def test_two_decoders_that_differ_are_told(sound, output, tmp_path, monkeypatch):
