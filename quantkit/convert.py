@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from quantkit.forward import Network, States, embed, network, readers, run, watc
 from quantkit.importance import Sums, imatrix_of, squares
 from quantkit.model import Model, Ref, open_model
 from quantkit.plan import Plan
-from quantkit.prefix import Inputs, prefix
+from quantkit.prefix import Inputs, Kept, prefix
 from quantkit.seal import check_seals, seal
 from quantkit.sensitivity import outer_statistics
 from quantkit.stats import Stats
@@ -207,12 +207,13 @@ def _solve(
         refs = {ref.placed.hf: ref for ref in model.block(layer).values()}
         weights = _held(refs, device) if net and states else {}
         before = prefix(states) if states and rows else None
-        stats = _statistics(net, states, layer, weights, shared) if net and states else {}
+        kept = Kept()
+        stats = _statistics(net, states, layer, weights, shared, kept if rows else None) if net and states else {}
         others = [p for p in products if p.output.target not in rows]
         yield from _each(others, Piece(model, refs, weights, stats, device))
         for p in products:
             if net and before and p.output.target in rows:
-                inputs = Inputs(net, layer, before, rows[p.output.target], weights)
+                inputs = Inputs(net, layer, before, rows[p.output.target], weights, kept)
                 yield from _each([p], Piece(model, refs, weights, inputs, device))
                 inputs.advance()
         sums |= squares(layer, stats)
@@ -223,12 +224,18 @@ def _held(refs: Mapping[str, Ref], device: torch.device) -> dict[str, Tensor]:
     return {name: finite(name, ref.read().to(device)) for name, ref in refs.items()}
 
 
-def _statistics(net: Network, states: States, layer: int, weights: dict[str, Tensor], wanted: bool) -> dict[str, Stats]:
-    """Move `states` behind a block; the statistics of its activations where an output wants the source's."""
+def _statistics(
+    net: Network, states: States, layer: int, weights: dict[str, Tensor], wanted: bool, kept: Kept | None
+) -> dict[str, Stats]:
+    """Move `states` behind a block; the statistics of its activations where an output wants the source's.
+
+    `kept`: for the activations themselves, where an output is calibrated behind its own blocks.
+    """
     prefix = f"model.layers.{layer}."
     with (
         net.block(layer, {n.removeprefix(prefix): w for n, w in weights.items()}) as block,
         watching(block, readers(net.model) if wanted else {}, net.device) as stats,
+        kept.watching(block, readers(net.model).values()) if kept else nullcontext(),
     ):
         run(states, layer, block, net.device)
     return stats

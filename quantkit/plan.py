@@ -17,6 +17,7 @@ from quantkit.errors import UsageError
 from quantkit.evaluate import HEAD_LOGITS
 from quantkit.forward import BATCH_TOKENS
 from quantkit.model import Model
+from quantkit.prefix import KEPT_BYTES
 from quantkit.recipe import Recipe
 from quantkit.targets import Calibration, Output, plan_output
 from quantkit.targets.target import linear
@@ -95,7 +96,7 @@ def make_plan(model: Model, recipe: Recipe, device: torch.device, rows: int | No
     if calibration is None and (needy := [o.target for o in outputs if o.calibrated]):
         raise UsageError("needs a calibration text", where=needy[0], hint="do without --no-calibration")
     working = _working_bytes(model, recipe, any(o.calibrated for o in outputs))
-    states = _state_bytes(model, recipe)
+    states = _state_bytes(model, recipe) + _prefix_bytes(model, recipe, sum(o.behind for o in outputs))
     on_gpu = device.type == "cuda"
     return Plan(
         outputs,
@@ -129,6 +130,14 @@ def _working_bytes(model: Model, recipe: Recipe, calibrated: bool) -> int:
 def _state_bytes(model: Model, recipe: Recipe) -> int:
     tokens = max(recipe.samples * recipe.seqlen, (recipe.eval_chunks or 32) * recipe.ctx * 2)
     return 4 * tokens * model.config["hidden_size"]
+
+
+def _prefix_bytes(model: Model, recipe: Recipe, outputs: int) -> int:
+    """Of outputs with calibration rows of their own: those, the rows before a block, and what is kept of it twice."""
+    tokens = recipe.samples * recipe.seqlen
+    own = 4 * tokens * model.config["hidden_size"]
+    kept = 4 * tokens * sum(r.shape[0] for r in model.block(0).values() if r.placed.reads)
+    return (outputs + 1) * own + 2 * min(KEPT_BYTES, kept) if outputs else 0
 
 
 # Products with a Gram matrix, or work that costs as much, that each kind of output makes for every matrix.

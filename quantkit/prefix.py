@@ -4,14 +4,18 @@ Statistics of the source's activations serve every output alike, but a matrix of
 output may therefore have calibration rows of its own, which go through its blocks as they are solved; the source's
 rows go through the source's beside them, so that `Stats.drift` tells the solver how far the two have come apart.
 A module of the block all of whose matrices are solved (the attention, once the MLP is at work) is not run again: what
-it gave is kept. Memory: the hidden states of both, as much again for what is kept, and the activations of one batch.
+it gave is kept. So are, as far as `KEPT_BYTES` go, what each solved matrix gave, and the source's activations from its
+one pass through the block. Memory beside that: the hidden states of both, as much again, and one batch's activations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain, takewhile
 from typing import Any
 
 import torch
@@ -21,6 +25,8 @@ from torch.func import functional_call
 from quantkit.forward import Network, States, readers
 from quantkit.stats import Stats
 
+KEPT_BYTES = 2 << 30  # for each of the two, in CPU memory; what goes beyond it is computed again
+
 
 class _Seen(Exception):
     """Ends a block's forward pass once the activation that is wanted was seen."""
@@ -28,6 +34,28 @@ class _Seen(Exception):
     def __init__(self, x: Tensor) -> None:
         super().__init__()
         self.x = x
+
+
+@dataclass
+class Kept:
+    """Activations of the source, by the path of their reader: one tensor for each batch, in order, until it is full."""
+
+    by_path: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    nbytes: int = 0
+
+    @contextmanager
+    def watching(self, block: nn.Module, paths: Iterable[str]) -> Iterator[None]:
+        """Keep what reaches the modules at `paths` while the block runs."""
+        with ExitStack() as stack:
+            for path in paths:
+                hook = block.get_submodule(path).register_forward_pre_hook(partial(self._keep, path))
+                stack.callback(hook.remove)
+            yield
+
+    def _keep(self, path: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.nbytes += args[0].nbytes
+        if self.nbytes <= KEPT_BYTES:
+            self.by_path[path].append(args[0].cpu())
 
 
 def prefix(states: States) -> States:
@@ -39,7 +67,8 @@ def prefix(states: States) -> States:
 class Inputs(Mapping[str, Stats]):
     """Statistics of a block's activations, each taken when it is asked for, behind what is solved of the block by then.
 
-    `source` and `behind` are the hidden states before the block, `original` its weights on the device by HF name.
+    `source` and `behind` are the hidden states before the block, `original` its weights on the device by HF name,
+    `seen` what is kept of the source's activations.
     """
 
     net: Network
@@ -47,9 +76,11 @@ class Inputs(Mapping[str, Stats]):
     source: States
     behind: States
     original: Mapping[str, Tensor]
+    seen: Kept = field(default_factory=Kept)
     solved: dict[str, Tensor] = field(default_factory=dict)
     known: dict[str, Stats] = field(default_factory=dict)
     kept: dict[tuple[int, str, int], tuple[Tensor, *tuple[None, ...]]] = field(default_factory=dict)
+    nbytes: int = 0
 
     def take(self, name: str, value: Tensor | None) -> None:
         """From now on the block has `value` (float32, on the device) for its weight `name`."""
@@ -72,15 +103,17 @@ class Inputs(Mapping[str, Stats]):
         """Move the output's rows behind the block as it was solved."""
         parameters = self._parameters(self.solved)
         for part in self.behind.batches():
-            out = self._run(parameters, self.behind, part, self._parts()[:-1])
+            out = self._run(parameters, self.behind, part, self._final(None))
             self.behind.hidden[part] = out.to(self.behind.hidden.device)
 
     @torch.no_grad()
     def _measured(self, path: str) -> Stats:
         ours, theirs = self._parameters(self.solved), self._parameters({})
         stats: Stats | None = None
-        for part in self.behind.batches():
-            x, x_source = self._reaching(path, ours, self.behind, part), self._reaching(path, theirs, self.source, part)
+        seen = self.seen.by_path[path]
+        for i, part in enumerate(self.behind.batches()):
+            x = self._reaching(path, ours, self.behind, part)
+            x_source = seen[i].to(x.device) if i < len(seen) else self._reaching(path, theirs, self.source, part)
             stats = (stats or Stats.zeros(x.shape[-1], x.device, drift=True)).add(x, x_source)
         assert stats is not None  # or nothing is calibrated
         return stats
@@ -92,18 +125,25 @@ class Inputs(Mapping[str, Stats]):
             raise _Seen(args[0])
 
         hook = self.net.base.layers[self.layer].get_submodule(path).register_forward_pre_hook(stop)
-        parts = self._parts()
         try:
-            self._run(parameters, states, part, parts[: parts.index(path.partition(".")[0])])
+            self._run(parameters, states, part, self._final(path))
         except _Seen as seen:
             return seen.x
         finally:
             hook.remove()
         raise AssertionError("a block reaches all of its matrices")
 
-    def _parts(self) -> list[str]:
-        """The modules right inside the block that hold its matrices, in the order in which they are run."""
-        return list(dict.fromkeys(path.partition(".")[0] for path in readers(self.net.model).values()))
+    def _final(self, path: str | None) -> list[str]:
+        """The modules whose matrices are solved when the reader at `path` is due; None: the last one."""
+        arch = self.net.model.arch
+        paths: dict[str, list[str]] = defaultdict(list)
+        for w in arch.block:
+            if w.reads:
+                paths[w.reads].append(arch.place_of(w))
+        path = path or list(paths.values())[-1][0]
+        leaves = list(chain.from_iterable(takewhile(lambda group: path not in group, paths.values())))
+        whole = [part for leaf in leaves if (part := leaf.partition(".")[0]) != path.partition(".")[0]]
+        return list(dict.fromkeys(whole + leaves))
 
     def _run(self, parameters: Mapping[str, Tensor], states: States, part: slice, over: list[str]) -> Tensor:
         """One batch through the block; of the modules `over`, whose matrices are final, what they gave is kept."""
@@ -130,7 +170,10 @@ class Inputs(Mapping[str, Stats]):
 
         def keep(_: nn.Module, args: object, out: Tensor | tuple[Tensor, ...]) -> None:
             first, *others = out if isinstance(out, tuple) else (out,)
-            self.kept[key] = (first.to(self.behind.hidden.device), *(None for _ in others))
+            inside = "." in key[1]
+            self.nbytes += first.nbytes * inside
+            if not inside or self.nbytes <= KEPT_BYTES:
+                self.kept[key] = (first.to(self.behind.hidden.device), *(None for _ in others))
 
         hook = module.register_forward_hook(keep)
         try:

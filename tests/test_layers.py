@@ -35,7 +35,7 @@ ALLOWED = {
     "targets": {"model", "arch", "codecs", "files", "solvers", "stats"},
     "recipe": {"resources", "codecs", "targets"},
     "importance": {"files", "forward", "model", "stats", "targets"},
-    "plan": {"targets", "model", "recipe", "evaluate", "forward"},
+    "plan": {"targets", "model", "recipe", "evaluate", "forward", "prefix"},
     "verify": {"targets", "model", "codecs"},
     "seal": {"targets", "model", "codecs", "files", "verify"},
     "convert": {"plan", "targets", "model", "files", "forward", "evaluate", "verify", "stats", "corpus"}

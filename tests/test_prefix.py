@@ -8,7 +8,7 @@ from toy import family_model, tokenizer
 
 from quantkit.forward import embed, network, readers, run
 from quantkit.model import open_model
-from quantkit.prefix import Inputs, prefix
+from quantkit.prefix import Inputs, Kept, prefix
 
 CPU = torch.device("cpu")
 
@@ -30,13 +30,19 @@ def caught(model: torch.nn.Module, layer: int, ids: torch.Tensor, paths: dict[st
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
-def test_each_activation_is_seen_behind_what_is_solved_before_it(tmp_path, family):
-    """Two blocks are solved one matrix after another; the third activation's statistics know of the first two's."""
+@pytest.mark.parametrize("room", [0, 200_000, 2 << 30])
+def test_each_activation_is_seen_behind_what_is_solved_before_it(tmp_path, monkeypatch, family, room):
+    """Two blocks are solved one matrix after another; the third activation's statistics know of the first two's.
+
+    Whatever is kept: nothing, all, or what there is room for.
+    """
+    monkeypatch.setattr("quantkit.prefix.KEPT_BYTES", room)
     reference, changed = family_model(family), family_model(family)
     reference.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     model = open_model(tmp_path)
     net = network(model, CPU)
+    monkeypatch.setattr("quantkit.forward.BATCH_TOKENS", 100)  # three batches of two rows
     ids = torch.randint(2, 300, (6, 48), generator=torch.Generator().manual_seed(1))
     states = embed(net, ids)
     behind, paths = prefix(states), readers(model)
@@ -44,7 +50,10 @@ def test_each_activation_is_seen_behind_what_is_solved_before_it(tmp_path, famil
     for layer in range(2):
         refs = model.block(layer)
         weights = {ref.placed.hf: ref.read() for ref in refs.values()}
-        inputs = Inputs(net, layer, states, behind, weights)
+        before, kept = prefix(states), Kept()
+        with net.block(layer) as block, kept.watching(block, paths.values()):
+            run(states, layer, block, CPU)
+        inputs = Inputs(net, layer, before, behind, weights, kept)
         for activation, path in paths.items():
             ours, theirs = (
                 caught(changed, layer, ids, {activation: path}),
@@ -67,5 +76,3 @@ def test_each_activation_is_seen_behind_what_is_solved_before_it(tmp_path, famil
                 for name, value in fused.items():
                     inside[f"model.layers.{layer}.{name}"].data.copy_(value)
         inputs.advance()
-        with net.block(layer) as block:
-            run(states, layer, block, CPU)

@@ -6,6 +6,7 @@ A solver sees a grid and nothing else: it asks for parameters of a group (`fit`)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,12 @@ class Quantized:
     scales: Tensor  # (N, G) float16
     zeros: Tensor  # (N, G) uint8
     index: Tensor | None = None  # (K,) int32
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Quantized]) -> Quantized:
+        """One above the other: the inverse of `rows`."""
+        codes, scales, zeros = (torch.cat([getattr(q, f) for q in parts]) for f in ("codes", "scales", "zeros"))
+        return cls(codes, scales, zeros, parts[0].index)
 
     @property
     def group(self) -> int:

@@ -33,6 +33,12 @@ def slabs(rows: int, width: int, device: torch.device | str = "cpu", first: int 
     return [slice(at, min(end, at + step)) for at in range(first, end, step)]
 
 
+def one_each(rows: int, device: torch.device | str = "cpu") -> list[slice]:
+    """`rows` rows cut once for each thread: for work of many small steps, where every slab takes all the steps."""
+    step = -(-rows // (torch.get_num_threads() if torch.device(device).type == "cpu" else 1))
+    return [slice(at, min(rows, at + step)) for at in range(0, rows, step)]
+
+
 def share_out(work: Callable[[slice], T], parts: Sequence[slice], device: torch.device | str = "cpu") -> list[T]:
     """What `work` returns for each of `parts`, in order; on the CPU by as many threads as torch uses."""
     threads = torch.get_num_threads()

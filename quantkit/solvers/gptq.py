@@ -11,6 +11,7 @@ Frantar et al. 2022 (arXiv:2210.17323), in the form of IST-DASLab `gptq.py`, wit
     arXiv:2504.02692, in closed form: `aim`).
   - Greedy choices are then reconsidered: `polish` goes over the groups again, and gives each its best scale and each
     of its columns its best code, all others as they are. The error never grows.
+Rows are independent of one another: each thread solves its share of them.
 A column that no calibration token reached has an all-zero row in H: it is rounded, and neither gives nor takes errors.
 """
 
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from quantkit.codecs.grid import Grid, Quantized
+from quantkit.codecs.sharing import one_each, share_out
 from quantkit.errors import BadInput
 from quantkit.solvers.replay import replayed
 from quantkit.solvers.rtn import rtn, weighted
@@ -95,12 +97,19 @@ def gptq(weight: Tensor, stats: Stats, grid: Grid, damp: float = DAMP, polishing
         return _rounded(weight, hessian, grid, damp, "its statistics have no Cholesky factor")
     inverse = torch.cholesky_inverse(lower)
     goal = aim(weight, stats, inverse)
-    found = _greedy(goal, hessian, inverse, grid)
-    if found is None:
+    order = group_aware_order(_seen(hessian), grid.group)
+    upper, failed = torch.linalg.cholesky_ex(inverse[order][:, order], upper=True)
+    if failed:
         return _rounded(goal, hessian, grid, damp, "its inverse has no Cholesky factor")
     damped = lower @ lower.T
-    for _ in range(polishing):
-        found = polish(goal, damped, found, grid)
+
+    def solved(rows: slice) -> Quantized:
+        found = _greedy(goal[rows], _seen(hessian)[order], order, upper, grid)
+        for _ in range(polishing):
+            found = polish(goal[rows], damped, found, grid)
+        return found
+
+    found = Quantized.stacked(share_out(solved, one_each(len(goal), goal.device), goal.device))
     by_rounding = _rounded(goal, hessian, grid, damp, "solving did worse")
     made = errors(found.dequantize() - goal, hessian)
     better = bool(made.sum() <= by_rounding.errors.sum())
@@ -137,24 +146,23 @@ def aim(weight: Tensor, stats: Stats, inverse: Tensor) -> Tensor:
     return weight if stats.drift is None else weight + weight @ (stats.drift * (2 / stats.rows)) @ inverse
 
 
-def _greedy(weight: Tensor, hessian: Tensor, inverse: Tensor, grid: Grid) -> Quantized | None:
-    """GPTQ proper; None where the inverse is not positive definite."""
-    g = grid.group
+def _seen(hessian: Tensor) -> Tensor:
+    """The importance of each column (K,): unseen is not worthless, but an average one."""
     diagonal = hessian.diagonal()
-    importance = torch.where(diagonal == 0, diagonal.mean(), diagonal)  # unseen is not worthless: an average column
-    order = group_aware_order(importance, g)
-    upper, failed = torch.linalg.cholesky_ex(inverse[order][:, order], upper=True)
-    if failed:
-        return None
+    return torch.where(diagonal == 0, diagonal.mean(), diagonal)
+
+
+def _greedy(weight: Tensor, importance: Tensor, order: Tensor, upper: Tensor, grid: Grid) -> Quantized:
+    """GPTQ proper: `upper` is the factor of the inverse, it and `importance` in the order of the columns' visits."""
+    g = grid.group
     w = weight[:, order].T.contiguous()  # (K, N): the columns in their order, each contiguous
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     scales, zeros = [], []
     columns = replayed(partial(_columns, grid), w[:g], upper[:g, :g], w[0], w[0])
     for start in range(0, len(w), g):
         block = slice(start, start + g)
-        with one_thread():
-            scale, zero = grid.fit(w[block].T.contiguous(), importance[order[block]])
-            codes[block], missed = columns(w[block], upper[block, block], scale, zero)
+        scale, zero = grid.fit(w[block].T.contiguous(), importance[block])
+        codes[block], missed = columns(w[block], upper[block, block], scale, zero)
         w[start + g :].addmm_(upper[block, start + g :].T, missed, alpha=-1)
         scales.append(scale)
         zeros.append(zero)
@@ -188,8 +196,7 @@ def polish(weight: Tensor, hessian: Tensor, q: Quantized, grid: Grid) -> Quantiz
     for i, start in enumerate(range(0, len(codes), g)):
         block = slice(start, start + g)
         own, zero = hessian[block, block].contiguous(), q.zeros[:, i].float()
-        with one_thread():
-            codes[block], scales[:, i], moved = better(codes[block], left[block], own, scales[:, i], zero)
+        codes[block], scales[:, i], moved = better(codes[block], left[block], own, scales[:, i], zero)
         left.addmm_(hessian[block].T, moved, alpha=-1)
     return replace(q, codes=codes.T.byte().contiguous(), scales=scales.half())
 
