@@ -23,7 +23,8 @@ from quantkit.model import open_model
 from quantkit.solvers.exact import exact
 
 CALIBRATION = ("--samples", 4, "--seqlen", 64, "--no-eval", "--device", "cpu")
-SOLVED = ("gptq-4bit-64g-asym", "gptq-4bit-64g-desc", "gptq-4bit-pc", "ct-4bit-64g", "ct-4bit-64g-asym", "ct-8bit-pc")
+SOLVED = ("gptq-4bit-64g-asym", "gptq-4bit-64g-desc", "gptq-4bit-pc", "gptq-2bit-128g", "ct-4bit-64g")
+SOLVED += ("ct-4bit-64g-asym", "ct-8bit-pc")
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +73,16 @@ def test_gptq_folders_say_what_they_hold(made, target):
     folder = made[0] / target
     config, tensors = json.loads((folder / "quantize_config.json").read_text()), load_file(folder / "model.safetensors")
     assert config["checkpoint_format"] == ("gptq_v2" if target.endswith("asym") else "gptq")
-    assert config["group_size"] == (-1 if "pc" in target else 64)
-    stored = {"asym": set(range(16)), "desc": {7}, "pc": {7}}[target.rsplit("-", 1)[1]]
+    bits, group_size = config["bits"], {"pc": -1, "128g": 128}.get(target.split("-")[2], 64)
+    assert (bits, config["group_size"]) == (int(target[5]), group_size)
+    stored = set(range(16)) if target.endswith("asym") else {2 ** (bits - 1) - 1}
     ours, shuffled = open_model(folder), 0
     for stem in matrices(folder, "qweight"):
         part = {p: tensors[f"{stem}.{p}"].numpy() for p in ("qweight", "qzeros", "scales", "g_idx")}
-        shifts = np.arange(8, dtype=np.uint32) * 4
-        codes = (part["qweight"].view(np.uint32)[:, None] >> shifts[:, None] & 15).reshape(-1, part["qweight"].shape[1])
-        zeros = (part["qzeros"].view(np.uint32)[..., None] >> shifts & 15).reshape(len(part["qzeros"]), -1)
+        shifts, top = np.arange(0, 32, bits, dtype=np.uint32), np.uint32(2**bits - 1)
+        codes = part["qweight"].view(np.uint32)[:, None] >> shifts[:, None] & top
+        codes = codes.reshape(-1, part["qweight"].shape[1])
+        zeros = (part["qzeros"].view(np.uint32)[..., None] >> shifts & top).reshape(len(part["qzeros"]), -1)
         assert set(zeros.flatten().tolist()) <= stored
         zero, group = zeros.astype(np.int32) + (config["checkpoint_format"] == "gptq"), part["g_idx"]
         weight = (codes.astype(np.int32) - zero[group]) * part["scales"].astype(np.float32)[group]
@@ -97,6 +100,20 @@ def test_every_solved_layer_is_in_the_log(made):
     for variant in report["variants"]:
         solved = [t for t in variant["tensors"] if t["solver"] == "gptq"]
         assert len(solved) == 21 and all(t["loss"] < t["loss_rounded"] and t["fallback"] is None for t in solved)
+
+
+def test_the_layer_whose_statistics_overflow_is_named(tmp_path):
+    """Weights that fp16 holds, and an MLP whose activations are finite in float32 while their squares are not."""
+    model = toy_model()
+    with torch.no_grad():
+        block = model.model.layers[1]
+        block.post_attention_layernorm.weight.mul_(4e4)
+        block.mlp.gate_proj.weight.mul_(2e5)
+        block.mlp.up_proj.weight.mul_(2e5)
+    source = write_toy(tmp_path / "Toy.Q4_1.gguf", model, T.Q4_1)
+    code, _, stderr = quantkit("convert", source, "-o", tmp_path / "out", "--to", "gptq", *CALIBRATION)
+    assert code == 65 and "model.layers.1.mlp.down_proj.weight: the calibration statistics are not finite" in stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("kind", "bits"), [(T.Q4_0, 4), (T.Q8_0, 8)])

@@ -11,7 +11,7 @@ from quantkit.solvers import gptq as solver
 from quantkit.solvers.awq import awq_round, awq_scale
 from quantkit.solvers.gptq import damped_factor, group_aware_order
 from quantkit.solvers.rtn import rtn
-from quantkit.stats import Stats, error
+from quantkit.stats import Stats, error, errors
 
 N, K, G = 48, 96, 32
 
@@ -105,6 +105,49 @@ def test_the_factor_is_that_of_the_damped_hessian():
     lower, damp = damped_factor(h, 0.01)
     assert damp == 0.01
     assert torch.allclose(lower @ lower.T, h + 0.01 * h.diagonal().mean() * torch.eye(K), rtol=1e-4)
+
+
+def test_damping_is_the_least_that_gives_a_factor_and_is_reported():
+    """An eigenvalue of -c needs a damping of c over the mean diagonal: it is met within an eighth of a decade."""
+    turn = torch.linalg.qr(torch.randn(K, K, generator=torch.Generator().manual_seed(7)))[0]
+    spectrum = torch.linspace(0, 2, K)
+    spectrum[0] = -0.003
+    h = turn @ torch.diag(spectrum) @ turn.T
+    h = (h + h.T) / 2
+    mean, least = h.diagonal().mean(), 0.003 / h.diagonal().mean().item()
+    lower, damp = damped_factor(h, 1e-5)
+    assert least < damp < 1.01 * least * 10 ** (1 / 8)
+    assert torch.allclose(lower @ lower.T, h + damp * mean * torch.eye(K), atol=1e-5)
+    found = solver.gptq(weight(), Stats(h * 50, torch.ones(K), 100), Grid(4, G), damp=1e-5)
+    assert found.log["damp"] == pytest.approx(damp)
+
+
+def test_statistics_that_no_damping_helps_are_reported():
+    stats = Stats(-torch.eye(K), torch.ones(K), 100)
+    found = solver.gptq(weight(), stats, Grid(4, G))
+    assert torch.equal(found.quantized.codes, rtn(weight(), None, Grid(4, G)).codes)
+    assert found.log["fallback"] == "its statistics have no Cholesky factor"
+
+
+def test_all_zero_statistics_round_and_report():
+    found = solver.gptq(weight(), Stats.zeros(K), Grid(4, G))
+    assert torch.equal(found.quantized.codes, rtn(weight(), None, Grid(4, G)).codes)
+    assert found.log["fallback"] == "no calibration token reached it" and found.loss == 0
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_polishing_never_lets_the_damped_error_grow(bits, symmetric):
+    """Of no row, in no pass, whatever codes it begins with; and it gains."""
+    w, grid = weight(), Grid(bits, G, symmetric)
+    lower, _ = damped_factor(correlated().hessian, 0.05)
+    damped, q = lower @ lower.T, rtn(w, None, grid)
+    made = [errors(q.dequantize() - w, damped)]
+    for _ in range(4):
+        q = solver.polish(w, damped, q, grid)
+        made.append(errors(q.dequantize() - w, damped))
+        assert bool((made[-1] <= made[-2] * (1 + 1e-5)).all())
+    assert made[-1].sum() < 0.7 * made[0].sum()
 
 
 def test_statistics_that_are_not_finite_are_refused():
