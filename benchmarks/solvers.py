@@ -1,4 +1,4 @@
-"""GPTQ and AWQ of ours and of GPTQModel, side by side: time of the whole command, perplexity and KL by one scorer.
+"""GPTQ and AWQ of ours and of GPTQModel, side by side: wall and CPU seconds of the whole command, one scorer for both.
 
     python benchmarks/solvers.py SmolLM2.gguf cal.txt test.txt --peer gptqmodel/bin/python --only gptq-4bit-64g
     python benchmarks/solvers.py SmolLM2.gguf cal.txt test.txt --ladder
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measured import run
+from measured import Cost, run
 
 from quantkit import calibration_batch, load_text, open_model
 
@@ -40,32 +40,39 @@ def scored(folder: Path, args: argparse.Namespace) -> str:
     return f"{score['perplexity']:.3f} ± {score['stderr']:.3f} | {score['kl_divergence']['mean']:.4f}"
 
 
-def converted(args: argparse.Namespace, out: Path, targets: tuple[str, ...]) -> float:
-    """Wall seconds of one conversion without scores."""
+def converted(args: argparse.Namespace, out: Path, targets: tuple[str, ...]) -> Cost:
+    """What one conversion without scores takes."""
     named = [f"--to={t}" for t in targets]
-    return run(
-        [*QUANTKIT, "convert", args.source, "-o", out, *named, *SHAPE, "--no-eval", "--calibration", args.calibration]
-    ).wall
+    command = [*QUANTKIT, "convert", args.source, "-o", out, *named, *SHAPE, "--calibration", args.calibration]
+    return told(", ".join(targets), run([*command, "--no-eval"]))
+
+
+def told(what: str, cost: Cost) -> Cost:
+    """The cost, printed as soon as it is known."""
+    print(f"{what}: {cost.wall:.0f} s, {cost.cpu:.0f} CPU s, {cost.peak >> 20} MiB", flush=True)
+    return cost
 
 
 def against_peer(args: argparse.Namespace, scratch: Path, target: str) -> None:
-    """One row for ours, and one for the peer's where it is there."""
+    """One row for ours, and one for the peer's where it is there: both are timed before either is scored."""
     scratch.mkdir()
-    seconds = converted(args, scratch / "ours", (target,))
-    print(f"| {target} | quantkit | {seconds:.0f} | {scored(scratch / 'ours' / target, args)} |", flush=True)
-    if not args.peer:
-        return
-    converted_fp16 = [*QUANTKIT, "convert", args.source, "-o", scratch / "plain", "--to", "fp16", "--no-eval"]
-    run(converted_fp16)
+    made = {"quantkit": (converted(args, scratch / "ours", (target,)), scratch / "ours" / target)}
+    if args.peer:
+        made["GPTQModel"] = told("GPTQModel", by_peer(args, scratch, target)), scratch / "theirs"
+    for by, (cost, folder) in made.items():
+        print(f"| {target} | {by} | {cost.wall:.0f} | {cost.cpu:.0f} | {scored(folder, args)} |", flush=True)
+
+
+def by_peer(args: argparse.Namespace, scratch: Path, target: str) -> Cost:
+    """What the peer's whole command takes, on the same token rows and our fp16 folder."""
+    run([*QUANTKIT, "convert", args.source, "-o", scratch / "plain", "--to", "fp16", "--no-eval"])
     model = open_model(args.source)
     rows = calibration_batch(load_text(args.calibration), model.tokenizer(), int(SHAPE[1]), int(SHAPE[3]), 0)
     (scratch / "rows.json").write_text(json.dumps(rows.tolist()))
     os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
     script = Path(__file__).parent / "peers" / "quantize_gptqmodel.py"
     command = [args.peer, script, scratch / "plain" / "fp16", scratch / "theirs", "--rows", scratch / "rows.json"]
-    peer = run([*command, *TARGETS[target]]).wall
-    print(f"| {target} | GPTQModel | {peer:.0f} | {scored(scratch / 'theirs', args)} |", flush=True)
-    print(f"time: ours over theirs {seconds / peer:.2f}")
+    return run([*command, *TARGETS[target]])
 
 
 def main() -> None:
@@ -80,10 +87,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.ladder:
             alone = converted(args, Path(folder) / "alone", LADDER[1:2])
-            all_five = converted(args, Path(folder) / "all", LADDER)
-            print(f"gptq alone {alone:.0f} s, five targets {all_five:.0f} s, ratio {all_five / alone:.2f}")
+            five = converted(args, Path(folder) / "all", LADDER)
+            print(f"five targets over one: {five.wall / alone.wall:.2f}, in CPU seconds {five.cpu / alone.cpu:.2f}")
             return
-        print("| target | by | seconds | perplexity | mean KL |\n|---|---|---|---|---|")
+        print("| target | by | wall s | CPU s | perplexity | mean KL |\n|---|---|---|---|---|---|", flush=True)
         for target in [args.only] if args.only else TARGETS:
             against_peer(args, Path(folder) / target, target)
 
