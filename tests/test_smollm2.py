@@ -28,10 +28,10 @@ CPU, CHUNKS = torch.device("cpu"), 4
 
 @pytest.fixture(scope="module")
 def out(smollm2, tmp_path_factory):
-    """Six targets from one calibration pass of 8 rows, not scored."""
+    """Seven targets from one calibration pass of 4 rows, not scored."""
     folder = tmp_path_factory.mktemp("smollm2") / "out"
-    targets = [f"--to={t}" for t in ("fp16", "gptq", "awq", "Q8_0", "Q4_K_M", "F16")]
-    code, _, err = quantkit("convert", smollm2, "-o", folder, *targets, "--samples", 8, "--no-eval", "--device", "cpu")
+    targets = [f"--to={t}" for t in ("fp16", "fp32", "gptq", "awq", "Q8_0", "Q4_K_M", "F32")]
+    code, _, err = quantkit("convert", smollm2, "-o", folder, *targets, "--samples", 4, "--no-eval", "--device", "cpu")
     assert code == 0, err
     return folder
 
@@ -59,15 +59,17 @@ def perplexity(path, *options: object) -> dict:
 
 
 def test_gguf_folder_and_llama_cpp_agree(smollm2, out, chunks):
-    """Equal ids: our score of the GGUF and of the fp16 folder, and llama.cpp's logits on the F16 GGUF."""
+    """Equal ids: our perplexity of the GGUF and of the fp16 folder, and the logits of the fp32 folder in llama.cpp."""
     ours, folder = (perplexity(p)["perplexity"] for p in (smollm2, out / "fp16"))
-    oracle = Oracle(str(out / "SmolLM2-135M-Instruct-F16.gguf"))
-    nll = []
-    for row in chunks:
-        logits = torch.from_numpy(oracle.logits(row.tolist())).double().log_softmax(-1)
-        nll.append(-logits[256:511].gather(1, row[257:, None])[:, 0])
-    theirs, _ = mean_perplexity(torch.cat(nll))
-    assert folder == pytest.approx(ours, rel=1e-3) and theirs == pytest.approx(ours, rel=1e-3)
+    assert folder == pytest.approx(ours, rel=1e-3)
+    oracle = Oracle(str(out / "SmolLM2-135M-Instruct-F32.gguf"))
+    logits = torch.cat([torch.from_numpy(oracle.logits(row.tolist())[256:511]) for row in chunks]).double()
+    theirs, targets = logits.log_softmax(-1), chunks[:, 257:].flatten()
+    assert mean_perplexity(-theirs.gather(1, targets[:, None])[:, 0])[0] == pytest.approx(ours, rel=1e-3)
+    predictions = last(predict(network(open_model(out / "fp32"), CPU), chunks))
+    mine = (predictions.hidden @ predictions.head.T).view_as(logits).double().log_softmax(-1)
+    assert (theirs.exp() * (theirs - mine)).sum(-1).mean() < 1e-5
+    assert (theirs.argmax(-1) == mine.argmax(-1)).double().mean() >= 0.999
 
 
 def test_the_ids_are_llama_cpps(smollm2, chunks):
