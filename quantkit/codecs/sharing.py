@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, local
 from typing import TypeVar
 
 import torch
@@ -40,11 +40,17 @@ def one_each(rows: int, device: torch.device | str = "cpu") -> list[slice]:
 
 
 def share_out(work: Callable[[slice], T], parts: Sequence[slice], device: torch.device | str = "cpu") -> list[T]:
-    """What `work` returns for each of `parts`, in order; on the CPU by as many threads as torch uses."""
+    """What `work` returns for each of `parts`, in order; on the CPU by as many threads as torch uses.
+
+    Work that shares out in its turn does its parts itself: waiting for its own pool, it would wait for ever.
+    """
     threads = torch.get_num_threads()
-    if threads < 2 or len(parts) < 2 or torch.device(device).type != "cpu":
+    if threads < 2 or len(parts) < 2 or torch.device(device).type != "cpu" or hasattr(_here, "shared"):
         return [work(part) for part in parts]
     return list(_pool(threads).map(work, parts))
+
+
+_here = local()  # has `shared` in the threads of a pool
 
 
 @functools.cache
@@ -53,6 +59,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     started = Barrier(threads + 1)
 
     def alone() -> None:
+        _here.shared = True
         torch.get_num_threads()  # a thread's first question sets it to the default
         torch.set_num_threads(1)  # of this thread, and what later threads begin with: the caller puts that right
         started.wait()
