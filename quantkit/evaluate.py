@@ -3,7 +3,7 @@
 Protocol (llama.cpp `tools/perplexity`): chunks of `ctx` tokens, positions ctx/2 .. ctx-2 scored, PPL = exp(mean NLL),
 error = PPL * sqrt((E[nll^2] - E[nll]^2) / (n - 1)); with a stride, the last `stride` positions but one. A reference is
 kept as its final hidden states, from which its logits are recomputed through its own head: exact, and vocab/hidden
-times smaller than stored logits.
+times smaller than stored logits. A file of llama-perplexity's is a reference too (`files.logprobs`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 from quantkit.forward import Network, final_states
 
@@ -118,6 +119,21 @@ class Predictor(Protocol):
         """Logits of scored positions `rows` (flattened, of one chunk), float32 (rows, vocab)."""
 
 
+class Reference(Protocol):
+    """What predictions are measured against; log-probabilities up to `floor` say nothing and count for nothing."""
+
+    @property
+    def floor(self) -> float:
+        """In nats; -inf where every one counts."""
+
+    @property
+    def vocabulary(self) -> int:
+        """How many log-probabilities a position has."""
+
+    def logprobs(self, rows: slice) -> Tensor:
+        """Log-probabilities of scored positions `rows` (flattened, of one chunk), float32 (rows, vocab)."""
+
+
 @dataclass(frozen=True)
 class Predictions:
     """What a model says about a text: final hidden states at the scored positions (n, p, hidden), and its head."""
@@ -125,6 +141,7 @@ class Predictions:
     hidden: Tensor
     head: Tensor  # (vocab, hidden)
     softcap: float | None
+    floor: float = -math.inf
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -166,13 +183,13 @@ def softcap(net: Network) -> float | None:
     return net.model.config.get("final_logit_softcapping")
 
 
-def score(predictions: Predictor, chunks: Tensor, reference: Predictor | None = None) -> Score:
+def score(predictions: Predictor, chunks: Tensor, reference: Reference | None = None) -> Score:
     """Score predictions about `chunks` (n, ctx), against a reference's predictions about the same chunks if given."""
     return summary(measure(predictions, chunks, reference), *chunks.shape)
 
 
 @torch.no_grad()
-def measure(predictions: Predictor, chunks: Tensor, reference: Predictor | None = None) -> Positions:
+def measure(predictions: Predictor, chunks: Tensor, reference: Reference | None = None) -> Positions:
     """Losses, and where there is a reference divergences, at every scored position of `chunks` (n, ctx)."""
     n, each = predictions.counts
     targets = chunks[:, -each:].flatten()  # a chunk's last position predicts nothing that is known
@@ -186,21 +203,21 @@ def measure(predictions: Predictor, chunks: Tensor, reference: Predictor | None 
     return Positions(**{name: torch.cat(values) for name, values in parts.items()})
 
 
-def _compared(predictions: Predictor, reference: Predictor | None, rows: slice, target: Tensor) -> dict[str, Tensor]:
+def _compared(predictions: Predictor, reference: Reference | None, rows: slice, target: Tensor) -> dict[str, Tensor]:
     logits = predictions.logits(rows)
     target = target.to(logits.device)
     if reference is None:
         return {"nll": (torch.logsumexp(logits, 1) - logits.gather(1, target)[:, 0]).double()}
     ours = torch.log_softmax(logits, 1)
-    theirs = torch.log_softmax(reference.logits(rows).to(ours.device), 1)
+    theirs = reference.logprobs(rows).to(ours.device)
     same = theirs.argmax(1) == ours.argmax(1)
     nll, nll_reference = (-p.gather(1, target)[:, 0].double() for p in (ours, theirs))
-    return {"nll": nll, "nll_reference": nll_reference, "kl": _kl(theirs, ours), "same": same}
+    return {"nll": nll, "nll_reference": nll_reference, "kl": _kl(theirs, ours, reference.floor), "same": same}
 
 
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of log-probabilities (n, vocab), float64 (n,); q is used up."""
-    return torch.sub(p, q, out=q).mul_(p.exp()).sum(1).double()
+def _kl(p: Tensor, q: Tensor, floor: float) -> Tensor:
+    """KL(p || q) of log-probabilities (n, vocab) over those of p above `floor`, float64 (n,); q is used up."""
+    return torch.sub(p, q, out=q).mul_(threshold(p.exp(), math.exp(floor), 0.0, inplace=True)).sum(1).double()
 
 
 def summary(positions: Positions, chunks: int, ctx: int) -> Score:

@@ -19,7 +19,19 @@ from quantkit import cache, llamacpp
 from quantkit.arch.tokenizer import Tokenizer
 from quantkit.corpus import Text, evaluation_chunks, load_text
 from quantkit.errors import BadInput, UsageError
-from quantkit.evaluate import Positions, Predictions, Predictor, Score, by_text, measure, predict, softcap, summary
+from quantkit.evaluate import (
+    Positions,
+    Predictions,
+    Predictor,
+    Reference,
+    Score,
+    by_text,
+    measure,
+    predict,
+    softcap,
+    summary,
+)
+from quantkit.files.logprobs import LogProbs
 from quantkit.forward import network
 from quantkit.model import Model
 
@@ -82,6 +94,20 @@ def same_tokens(model: Model, tokenizer: Tokenizer, text: Passages) -> None:
             )
 
 
+def same_chunks(reference: LogProbs, text: Passages, tokenizer: Tokenizer) -> None:
+    """BadInput where a file of log-probabilities is about other chunks, UsageError where an option mends it."""
+    chunks, ctx = reference.tokens.shape
+    n, length = text.rows.shape
+    if text.stride is not None or length != ctx:
+        raise UsageError(f"holds chunks of {ctx} tokens", where=reference.path, hint=f"score with --ctx {ctx}")
+    if n > chunks:
+        raise UsageError(f"holds {chunks} chunks, the text has {n}", where=reference.path, hint=f"--chunks {chunks}")
+    first = int(tokenizer.add_bos)  # of a chunk, where BOS has replaced what the file still holds
+    if not torch.equal(reference.tokens[:n, first:], text.rows[:, first:]):
+        hint = "--text FILE: the text it was made from, cut by the same tokenizer"
+        raise BadInput("is about other tokens than these", where=reference.path, hint=hint)
+
+
 def run(model: Model, text: Passages, setting: Setting, step: Step) -> Predictions:
     """Run a model over all chunks, block by block."""
     net = network(model, setting.device, setting.dtype)
@@ -106,9 +132,9 @@ def reference_predictions(model: Model, text: Passages, setting: Setting, step: 
 class Ladder:
     """Models scored against one reference (or none) on the same tokens; the reference runs when it is first needed."""
 
-    def __init__(self, text: Passages, reference: Model | None, setting: Setting, step: Step) -> None:
+    def __init__(self, text: Passages, reference: Model | LogProbs | None, setting: Setting, step: Step) -> None:
         self.text, self.reference, self.setting, self.step = text, reference, setting, step
-        self._predictions: Predictor | None = None
+        self._predictions: Reference | None = None
 
     def positions(self, model: Model) -> Positions:
         """What `model` measures on the texts, run or read from the cache."""
@@ -117,7 +143,11 @@ class Ladder:
             return Positions(**kept)
         # the reference first: its states wait on the disk while a model runs, and only then comes a second head
         theirs = self._of_reference()
-        found = measure(run(model, self.text, self.setting, self.step), self.text.rows, theirs)
+        predictions = run(model, self.text, self.setting, self.step)
+        if theirs and theirs.vocabulary != predictions.vocabulary:
+            what = f"has {predictions.vocabulary} logits a position, the reference {theirs.vocabulary}"
+            raise BadInput(what, where=model.path, hint="KL needs one vocabulary")
+        found = measure(predictions, self.text.rows, theirs)
         cache.keep(name, found.tensors())
         return found
 
@@ -129,9 +159,9 @@ class Ladder:
         """What given predictions measure against the reference."""
         return measure(predictions, self.text.rows, self._of_reference())
 
-    def _of_reference(self) -> Predictor | None:
-        if self.reference is None:
-            return None
+    def _of_reference(self) -> Reference | None:
+        if self.reference is None or isinstance(self.reference, LogProbs):
+            return self.reference
         if self._predictions is None:
             self._predictions = reference_predictions(self.reference, self.text, self.setting, self.step)
         return self._predictions
@@ -176,8 +206,13 @@ def _token_differences(model: Model, text: Passages, runtime: llamacpp.Runtime) 
     }
 
 
-def _name(kind: str, model: Model, reference: Model | None, text: Passages, setting: Setting) -> str:
-    hashes = [cache.fingerprint(m) for m in (model, reference) if m]
-    configs = [m.config for m in (model, reference) if m]
+def _name(kind: str, model: Model, reference: Model | LogProbs | None, text: Passages, setting: Setting) -> str:
+    what = [_identity(m) for m in (model, reference) if m]
     how = [setting.device.type, str(setting.dtype), *map(version, COMPUTED_BY)]
-    return cache.key(kind, hashes, configs, cache.hash_of(text.rows), text.stride, how)
+    return cache.key(kind, what, cache.hash_of(text.rows), text.stride, how)
+
+
+def _identity(scored: Model | LogProbs) -> Any:
+    if isinstance(scored, LogProbs):
+        return cache.file_hash(scored.path)
+    return cache.fingerprint(scored), scored.config

@@ -26,7 +26,7 @@ ALLOWED = {
     "evaluate": {"forward"},
     "cache": {"files", "model"},
     "llamacpp": set(),
-    "scoring": {"arch", "cache", "corpus", "evaluate", "forward", "llamacpp", "model"},
+    "scoring": {"arch", "cache", "corpus", "evaluate", "files", "forward", "llamacpp", "model"},
     "compare": {"evaluate", "model"},
     "tasks": {"forward", "model", "scoring"},
     "plots": {"compare", "files"},

@@ -6,6 +6,7 @@ import functools
 import gzip
 import json
 import os
+import struct
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -94,6 +95,49 @@ def test_statistics_are_those_of_llama_cpps_logits(place):
     assert made["delta_p"]["rms"] == pytest.approx(np.sqrt((delta**2).mean()), rel=1e-2)
     assert made["delta_p"]["mean"] == pytest.approx(delta.mean(), abs=1e-5)
     assert made["same_top"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean(), abs=1.5 / n)
+
+
+def write_logprobs(path: Path, tokens: torch.Tensor, logits: np.ndarray) -> np.ndarray:
+    """As llama-perplexity's `log_softmax` does: what its codes say of logits (chunks, positions, vocabulary)."""
+    top = logits.max(-1, keepdims=True)
+    least = np.maximum(logits.min(-1, keepdims=True), top - 16)
+    floor = least - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+    scale = (top - least) / np.float32(65535)
+    codes = np.rint((np.maximum(logits, least) - least) / scale)
+    padded = np.pad(codes, [(0, 0), (0, 0), (0, codes.shape[-1] % 2)]).astype("<u2")
+    head = np.concatenate([scale, floor], -1).astype("<f4").view("<u2")
+    header = struct.pack("<8sIii", b"_logits_", tokens.shape[1], logits.shape[-1], len(tokens))
+    path.write_bytes(header + tokens.numpy().astype("<i4").tobytes() + np.concatenate([head, padded], -1).tobytes())
+    return scale * codes + floor
+
+
+def test_a_file_of_llama_perplexitys_is_a_reference(place, tmp_path):
+    """Its statistics are of what lies above e^-16; what the file is not about is said in a line."""
+    rows, options = rows_of(place, "a"), ("--ctx", CTX, "--chunks", CHUNKS)
+    scored = slice(CTX // 2, CTX - 1)
+    p, q = (oracle_logprobs(place / f"{n}.gguf", rows)[:, scored] for n in ("source", "changed"))
+    p = write_logprobs(tmp_path / "base.kld", rows, (4 * p).astype(np.float32))  # so sharp that some are left out
+    made = perplexity(place / "changed.gguf", "--reference", tmp_path / "base.kld", "--text", place / "a.txt", *options)
+    kl = np.where(p > -16, np.exp(p) * (p - q), 0).sum(-1).ravel()
+    assert (p <= -16).any() and made["kl_divergence"]["mean"] == pytest.approx(kl.mean(), rel=1e-3)
+    for key, share in {"p99": 99, "median": 50, "p05": 5, "p01": 1}.items():
+        assert made["kl_divergence"][key] == pytest.approx(np.percentile(kl, share), rel=1e-2), key
+    base = -np.take_along_axis(p, rows[:, CTX // 2 + 1 :].numpy()[..., None], -1)
+    assert made["reference_perplexity"] == pytest.approx(np.exp(base.mean()), rel=1e-5)
+
+    whole = (tmp_path / "base.kld").read_bytes()
+    (tmp_path / "short.kld").write_bytes(whole[:-2])
+    (tmp_path / "none.kld").write_bytes(b"_logits_" + bytes(12))
+    for name, text, more, code, said in (
+        ("base", "b", options, 65, "is about other tokens"),
+        ("base", "a", ("--ctx", CTX, "--chunks", CHUNKS + 1), 2, f"--chunks {CHUNKS}"),
+        ("base", "a", ("--ctx", CTX // 2), 2, f"--ctx {CTX}"),
+        ("short", "a", options, 65, "where its header asks for"),
+        ("none", "a", options, 65, "0 chunks of 0 tokens"),
+    ):
+        args = ("--reference", tmp_path / f"{name}.kld", "--text", place / f"{text}.txt", *more, "--device", "cpu")
+        status, _, stderr = quantkit("perplexity", place / "changed.gguf", *args)
+        assert status == code and said in stderr and stderr.count("\n") == 1, stderr
 
 
 def test_a_stride_scores_each_token_once_with_the_text_before_it(place):

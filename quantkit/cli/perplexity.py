@@ -12,11 +12,13 @@ from quantkit.cli.options import OVERRIDE, SOURCE
 from quantkit.cli.show import bars, out
 from quantkit.errors import UsageError
 from quantkit.evaluate import Positions, Score
+from quantkit.files.logprobs import LogProbs, is_logprobs, read_logprobs
 from quantkit.forward import device_of
 from quantkit.model import Model, open_model
-from quantkit.scoring import AsRun, Ladder, Passages, Setting, as_run_by_llama_cpp, passages, same_tokens
+from quantkit.scoring import AsRun, Ladder, Passages, Setting, as_run_by_llama_cpp, passages, same_chunks, same_tokens
 from quantkit.tasks import evaluate_tasks
 
+REFERENCE = "A model to measure KL divergence against, or a file of llama-perplexity's --kl-divergence-base."
 TEXTS = "demo, wikitext2, c4, or a file: .txt, .jsonl, .parquet. (again)"
 
 
@@ -28,7 +30,7 @@ def command(
         int | None, typer.Option(min=1, help="Score every N tokens, each with a chunk before it, as --ppl-stride.")
     ] = None,
     chunks: Annotated[int | None, typer.Option(min=1, help="Score the first N chunks of each text.")] = None,
-    reference: Annotated[str | None, typer.Option(help="A model to measure KL divergence against.")] = None,
+    reference: Annotated[str | None, typer.Option(help=REFERENCE)] = None,
     override: Annotated[list[str] | None, typer.Option(help=OVERRIDE)] = None,
     engine: Annotated[str, typer.Option(help="quantkit, or llama.cpp to see what its runtime adds.")] = "quantkit",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16: what quantkit computes in.")] = "fp32",
@@ -45,12 +47,14 @@ def command(
     if tasks is not None:
         _run_tasks(open_model(model, override or ()), tasks.split(","), setting, task_folder or [], limit, as_json)
         return
-    scored, other = open_model(model, override or ()), open_model(reference) if reference else None
+    scored, other = open_model(model, override or ()), _reference(reference)
     tokenizer = scored.tokenizer()
     words = passages(text or ["demo"], tokenizer, ctx, chunks, stride)
-    if other:
+    if isinstance(other, LogProbs):
+        same_chunks(other, words, tokenizer)
+    elif other:
         same_tokens(other, tokenizer, words)
-    stages = {f"scoring {m.name}": 1.0 for m in (other, scored) if m}
+    stages = {f"scoring {m.name}": 1.0 for m in (other, scored) if isinstance(m, Model)}
     with bars(stages) as bar:
         ladder = Ladder(words, other, setting, bar.step)
         positions = ladder.positions(scored)
@@ -63,6 +67,12 @@ def command(
         _show(name, score)
     if run:
         _show_run(words, positions, run)
+
+
+def _reference(name: str | None) -> Model | LogProbs | None:
+    if name is None:
+        return None
+    return read_logprobs(name) if is_logprobs(name) else open_model(name)
 
 
 def _run_tasks(
