@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from quantkit.arch.llama import KEYS, OUTER, dims
+from quantkit.arch.qwen3 import ATTENTION
 from quantkit.arch.schema import Architecture, Config, Key, PlusOne, Weight
 
 EVERY = 6  # the layer of so many that sees everything
@@ -47,13 +48,7 @@ ARCHITECTURE = Architecture(
     ),
     outer=norms(*OUTER),
     block=norms(
-        Weight("attn_norm", "input_layernorm", ("hidden",), writes="attn_in"),
-        Weight("attn_q", "self_attn.q_proj", ("q", "hidden"), reads="attn_in"),
-        Weight("attn_k", "self_attn.k_proj", ("kv", "hidden"), reads="attn_in"),
-        Weight("attn_v", "self_attn.v_proj", ("kv", "hidden"), reads="attn_in", writes="heads"),
-        Weight("attn_output", "self_attn.o_proj", ("hidden", "q"), reads="heads"),
-        Weight("attn_q_norm", "self_attn.q_norm", ("head",)),
-        Weight("attn_k_norm", "self_attn.k_norm", ("head",)),
+        *ATTENTION,
         Weight("post_attention_norm", "post_attention_layernorm", ("hidden",)),
         Weight("ffn_norm", "pre_feedforward_layernorm", ("hidden",), writes="mlp_in"),
         Weight("ffn_gate", "mlp.gate_proj", ("ffn", "hidden"), reads="mlp_in"),
