@@ -1,29 +1,39 @@
 """What a CUDA device does with the heavy parts, as a page of Markdown: `make gpu` writes it to docs/gpu.md.
 
-Two measurements: encoders against libggml on this machine's processor, and statistics and GPTQ for one block of the 70B
-shape. Times are medians of several runs, with their spread.
+Two measurements: encoders against libggml on this machine's processor (medians of several runs, with their spread), and
+one block of the 70B shape through `convert` to GPTQ, with all of the device's memory and within 24 GiB (one run each).
 """
 
 from __future__ import annotations
 
+import importlib
 import platform
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
+from synthetic import Size, write
 
+from quantkit import Recipe, device_of, make_plan, open_model, prefix
 from quantkit.codecs import encode
-from quantkit.codecs.grid import Grid
-from quantkit.solvers.gptq import gptq
-from quantkit.stats import Stats
+from quantkit.errors import UsageError
+from quantkit.forward import limit_device
+from quantkit.recipe import target_bytes
+from quantkit.targets import grids
+
+convert = importlib.import_module("quantkit.convert")  # `quantkit.convert` is the function of that name
 
 TYPES = ("Q4_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 LLAMA_70B_WEIGHTS = 68.977e9
-# (activation width, stacked rows of the matrices that read it): Llama-2-70B and miqu
-BLOCK_70B = {"attn_in": (8192, 10240), "heads": (8192, 8192), "mlp_in": (8192, 57344), "mlp_mid": (28672, 8192)}
-TOKENS = 128 * 2048
+LLAMA_70B = Size(layers=1, hidden=8192, ffn=28672, heads=64, kv_heads=8)  # Llama-2-70B and miqu, one block of 80
 
 
 def timed(work: Callable[[], object], runs: int = 3) -> tuple[float, float]:
@@ -53,24 +63,87 @@ def encoders() -> list[str]:
     return rows
 
 
-def block_of_70b() -> list[str]:
-    """Seconds for the statistics and the GPTQ solution of each group of matrices in one block."""
-    rows = ["| activation | K | N | statistics s | GPTQ 4-bit g128 s |", "|---|---|---|---|---|"]
-    total = 0.0
-    torch.cuda.reset_peak_memory_stats()
-    for name, (k, n) in BLOCK_70B.items():
-        x = torch.randn(4096, k, device="cuda")
-        stats = Stats.zeros(k, "cuda").add(x)
-        once, _ = timed(lambda x=x, k=k: Stats.zeros(k, "cuda").add(x), runs=2)
-        gathering = once * TOKENS / len(x)
-        weight = torch.randn(n, k, device="cuda")
-        solving, _ = timed(lambda w=weight, s=stats: gptq(w, s, Grid(4, 128)), runs=1)
-        rows.append(f"| {name} | {k} | {n} | {gathering:.2f} | {solving:.2f} |")
-        total += gathering + solving
-        del x, stats, weight
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    rows += ["", f"One block {total:.1f} s, 80 blocks {80 * total / 60:.0f} minutes (forward passes not counted)."]
-    return [*rows, f"Peak device memory {peak:.1f} GiB."]
+@dataclass
+class Clock:
+    """Seconds spent in functions, by what they do; where one calls another, the outer one's count without it."""
+
+    device: torch.device
+    spent: dict[str, float] = field(default_factory=dict)
+    inside: list[str] = field(default_factory=list)
+    since: float = 0.0
+
+    def turn(self) -> None:
+        """Count the time since the last turn for what runs now."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        if self.inside:
+            self.spent[self.inside[-1]] = self.spent.get(self.inside[-1], 0.0) + now - self.since
+        self.since = now
+
+    @contextmanager
+    def watching(self, owner: Any, name: str, what: str) -> Iterator[None]:
+        """Count what `owner.name` takes as `what`."""
+        function = getattr(owner, name)
+
+        def timed(*args: Any, **options: Any) -> Any:
+            self.turn()
+            self.inside.append(what)
+            try:
+                return function(*args, **options)
+            finally:
+                self.turn()
+                self.inside.pop()
+
+        with mock.patch.object(owner, name, timed):
+            yield
+
+
+PARTS = (  # where a block's time goes: what is watched, and what it is called
+    (convert, "_statistics", "the source's forward pass"),
+    (prefix.Inputs, "_measured", "forward passes behind the prefix, and statistics"),
+    (prefix.Inputs, "advance", "the output's forward pass"),
+    (grids, "gptq", "solving"),
+)
+
+
+def one_block(size: Size, rows: int, seqlen: int, device: torch.device, vram: str | None) -> list[str]:
+    """`quantkit convert` to GPTQ 4-bit, group 128, of a model with one block: where the block's time goes, and VRAM."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model = open_model(write(Path(scratch, "block.gguf"), size))
+        recipe = Recipe(to=("gptq-4bit-128g",), samples=rows, seqlen=seqlen, eval_text=None, vram=vram)
+        try:
+            plan = make_plan(model, recipe, device)
+        except UsageError as e:
+            return [f"Not run: {e}."]
+        if vram:
+            limit_device(device, target_bytes(vram))
+        ids = torch.randint(2, size.vocab, (rows, seqlen), generator=torch.Generator().manual_seed(0))
+        clock, ends = Clock(device), []
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        with ExitStack() as stack:
+            for owner, name, what in PARTS:
+                stack.enter_context(clock.watching(owner, name, what))
+            for event in convert.convert(model, plan, Path(scratch, "out"), device, ids, None, None):
+                if isinstance(event, convert.Progress) and event.stage == "calibrating and solving":
+                    clock.turn()
+                    ends.append(time.perf_counter())
+    block = ends[-1] - ends[-2]
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+    shares = [f"| {what} | {s:.2f} | {s / block:.0%} |" for what, s in clock.spent.items()]
+    left = block - sum(clock.spent.values())
+    return [
+        f"{rows} x {seqlen} tokens, {plan.batch_tokens} at once, {vram or 'all'} of the device's memory:",
+        "",
+        "| part | s | share |",
+        "|---|---|---|",
+        *shares,
+        f"| the rest: reading, packing, waiting for the writer | {left:.2f} | {left / block:.0%} |",
+        "",
+        f"One block {block:.1f} s, 80 blocks {80 * block / 60:.0f} minutes. Peak device memory {peak:.1f} GiB,",
+        f"planned {plan.peak_vram / 2**30:.1f} GiB.",
+    ]
 
 
 def main() -> None:
@@ -81,8 +154,9 @@ def main() -> None:
     print(f"# On a GPU\n\n`make gpu` on {name}, {platform.machine()}, torch {torch.__version__}.\n")
     print("## Encoders, with importance weights, on 4,096 random rows of 8,192\n")
     print("\n".join(encoders()))
-    print(f"\n## One block of the 70B shape, statistics of {TOKENS:,} tokens\n")
-    print("\n".join(block_of_70b()))
+    for vram in (None, "24GiB"):
+        print(f"\n## One block of the 70B shape, {vram or 'all'} of the memory\n")
+        print("\n".join(one_block(LLAMA_70B, 128, 2048, device_of("cuda"), vram)))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from quantkit.sensitivity import outer_statistics
 from quantkit.stats import Stats
 from quantkit.targets import Output, Piece, Row, Solved
 from quantkit.targets.gguf import IMATRIX_FILE
-from quantkit.targets.target import finite
+from quantkit.targets.target import CPU, finite
 from quantkit.verify import digest, verify
 
 OUTER_ROWS = 8  # calibration rows that are run back as well, for statistics of embedding and output matrix
@@ -123,7 +123,9 @@ def convert(
     not given, Resumable where the disk is too full; outputs that were not complete then are gone.
     """
     with folder_for(out, plan, force):
-        net = network(model, device) if plan.calibrated or evaluation is not None else None
+        net = None
+        if plan.calibrated or evaluation is not None:
+            net = network(model, device, batch_tokens=plan.batch_tokens)
         with ExitStack() as all_products:
             products = [_open(o, out, force, all_products) for o in plan.outputs]
             sums: Sums = {}
@@ -141,7 +143,7 @@ def convert(
         reference = yield from _predict(net, evaluation, "scoring the source")
         yield SourceScored(score(reference, evaluation))
         for p in finished:
-            variant = network(open_model(out / p.output.path), device)
+            variant = network(open_model(out / p.output.path), device, batch_tokens=plan.batch_tokens)
             predictions = yield from _predict(variant, evaluation, f"scoring {p.output.target}")
             yield VariantDone(p.output, p.seconds, score(predictions, evaluation, reference))
 
@@ -202,10 +204,8 @@ def _solve(
         yield Progress(stage, done + 1, total)
     states = embed(net, calibration) if net and calibration is not None else None
     rows = {p.output.target: prefix(states) for p in products if states and p.output.behind}
-    shared = any(p.output.calibrated and not p.output.behind for p in products)
-    for layer in range(model.layers):
-        refs = {ref.placed.hf: ref for ref in model.block(layer).values()}
-        weights = _held(refs, device) if net and states else {}
+    shared = any(p.output.calibrated and (p.output.scaled or not p.output.behind) for p in products)
+    for layer, (refs, weights) in enumerate(_blocks(model, device, held=states is not None)):
         before = prefix(states) if states and rows else None
         kept = Kept()
         stats = _statistics(net, states, layer, weights, shared, kept if rows else None) if net and states else {}
@@ -214,10 +214,27 @@ def _solve(
         for p in products:
             if net and before and p.output.target in rows:
                 inputs = Inputs(net, layer, before, rows[p.output.target], weights, kept)
-                yield from _each([p], Piece(model, refs, weights, inputs, device))
+                yield from _each([p], Piece(model, refs, weights, inputs, device, stats))
                 inputs.advance()
         sums |= squares(layer, stats)
         yield Progress(stage, len(outer) + layer + 1, total)
+
+
+def _blocks(model: Model, device: torch.device, held: bool) -> Iterator[tuple[dict[str, Ref], dict[str, Tensor]]]:
+    """The blocks in order, by HF name, with all their weights where they are `held`.
+
+    While one is worked on, the next is read into CPU memory.
+    """
+    blocks = [{ref.placed.hf: ref for ref in model.block(layer).values()} for layer in range(model.layers)]
+    if not held:
+        yield from ((refs, {}) for refs in blocks)
+        return
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(_held, blocks[0], CPU)
+        for refs, following in zip(blocks, [*blocks[1:], {}], strict=True):
+            weights = {name: w.to(device) for name, w in coming.result().items()}
+            coming = reader.submit(_held, following, CPU)
+            yield refs, weights
 
 
 def _held(refs: Mapping[str, Ref], device: torch.device) -> dict[str, Tensor]:
@@ -248,7 +265,7 @@ def _each(products: list[_Product], piece: Piece) -> Iterator[Event]:
         start = time.perf_counter()
         for solved in p.output.solve(piece):
             if isinstance(piece.stats, Inputs):
-                piece.stats.take(solved.source, solved.value)
+                piece.stats.take(solved.source, solved.value if solved.unfolded is None else solved.unfolded)
             p.settle()
             p.storing = p.thread.submit(_store, p, solved)
             seconds, start = time.perf_counter() - start, time.perf_counter()

@@ -24,7 +24,12 @@ BATCH_TOKENS = 2048  # tokens through a block at once: enough for full matmul sp
 
 
 def device_of(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:i` -> a device that is there; UsageError otherwise."""
+    """`auto`, `cpu`, `cuda` or `cuda:i` -> a device that is there; UsageError otherwise.
+
+    The one way in to a CUDA device, so this says how products are computed there: in whole float32. TF32 keeps 10 bits
+    of each factor, and a Gram matrix summed so loses the small eigenvalues that solvers invert.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
@@ -37,6 +42,12 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
+def limit_device(device: torch.device, nbytes: int) -> None:
+    """The most that this process may allocate on a CUDA device; torch.OutOfMemoryError beyond it."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), device)
+
+
 @dataclass(frozen=True)
 class Network:
     """A model's empty transformers network, the device its blocks are filled on, and the type they are run in."""
@@ -45,6 +56,7 @@ class Network:
     empty: nn.Module
     device: torch.device
     dtype: torch.dtype = torch.float32
+    batch_tokens: int = BATCH_TOKENS
 
     @property
     def base(self) -> Any:
@@ -86,7 +98,9 @@ class Network:
         return self.outer("model.embed_tokens.weight" if tied else "lm_head.weight")
 
 
-def network(model: Model, device: torch.device, dtype: torch.dtype = torch.float32) -> Network:
+def network(
+    model: Model, device: torch.device, dtype: torch.dtype = torch.float32, batch_tokens: int = BATCH_TOKENS
+) -> Network:
     """The empty network of `model`, from transformers, checked to have exactly the model's tensors."""
     from transformers import AutoModelForCausalLM
 
@@ -100,7 +114,7 @@ def network(model: Model, device: torch.device, dtype: torch.dtype = torch.float
     have = {n: tuple(p.shape) for n, p in _parameters(model, lambda ref: torch.empty(ref.shape, device="meta")).items()}
     if odd := sorted(set(wanted.items()) ^ set(have.items())):
         raise BadInput(f"transformers builds another model from this configuration ({odd[0][0]})", where=model.path)
-    return Network(model, empty, device, dtype)
+    return Network(model, empty, device, dtype, batch_tokens)
 
 
 def _parameters(model: Model, read: Callable[[Ref], Tensor]) -> dict[str, Tensor]:
@@ -130,10 +144,11 @@ class States:
 
     hidden: Tensor
     kwargs: tuple[Mapping[str, Any], ...]
+    batch_tokens: int = BATCH_TOKENS
 
     def batches(self) -> Iterator[slice]:
-        """Slices of sequences that hold about `BATCH_TOKENS` tokens."""
-        step = max(1, BATCH_TOKENS // self.hidden.shape[1])
+        """Slices of sequences that hold about `batch_tokens` tokens."""
+        step = max(1, self.batch_tokens // self.hidden.shape[1])
         for start in range(0, len(self.hidden), step):
             yield slice(start, start + step)
 
@@ -152,12 +167,12 @@ def embed(net: Network, ids: Tensor) -> States:
         base.rotary_emb = type(rotary)(config=base.config).to(net.device)
         net.set_buffers(base.embed_tokens)
         net.filled(base.embed_tokens, {"weight": net.outer("model.embed_tokens.weight")})
-        step = max(1, BATCH_TOKENS // ids.shape[1])
+        step = max(1, net.batch_tokens // ids.shape[1])
         hidden = torch.cat(
             [base(input_ids=part.to(net.device), use_cache=False).last_hidden_state.cpu() for part in ids.split(step)]
         )
         base(input_ids=ids[:1].to(net.device), use_cache=False)
-        return States(hidden, tuple(n.kwargs for n in notes))
+        return States(hidden, tuple(n.kwargs for n in notes), net.batch_tokens)
     finally:
         base.layers, base.norm, base.rotary_emb = blocks, norm, rotary
         base.embed_tokens.to("meta")

@@ -18,7 +18,7 @@ from quantkit.evaluate import HEAD_LOGITS
 from quantkit.forward import BATCH_TOKENS
 from quantkit.model import Model
 from quantkit.prefix import KEPT_BYTES
-from quantkit.recipe import Recipe
+from quantkit.recipe import Recipe, target_bytes
 from quantkit.targets import Calibration, Output, plan_output
 from quantkit.targets.target import linear
 
@@ -36,6 +36,7 @@ class Plan:
     peak_ram: int
     peak_vram: int
     stages: dict[str, float]
+    batch_tokens: int = BATCH_TOKENS  # that go through a block at once
 
     @property
     def seconds(self) -> float:
@@ -78,6 +79,7 @@ class Plan:
             ],
             "peak_ram_bytes": self.peak_ram,
             "peak_vram_bytes": self.peak_vram,
+            "batch_tokens": self.batch_tokens,
             "disk_bytes": self.disk,
             "seconds_estimate": round(self.seconds, 1),
         }
@@ -95,15 +97,39 @@ def make_plan(model: Model, recipe: Recipe, device: torch.device, rows: int | No
     outputs = tuple(plan_output(name, model, calibration, choices) for name in recipe.to)
     if calibration is None and (needy := [o.target for o in outputs if o.calibrated]):
         raise UsageError("needs a calibration text", where=needy[0], hint="do without --no-calibration")
-    working = _working_bytes(model, recipe, any(o.calibrated for o in outputs))
+    batch, working = _batch(model, recipe, device, outputs)
+    calibrated = any(o.calibrated for o in outputs)
     states = _state_bytes(model, recipe) + _prefix_bytes(model, recipe, sum(o.behind for o in outputs))
+    states += _block_bytes(model) if calibrated else 0  # the next one, read ahead
     on_gpu = device.type == "cuda"
     return Plan(
         outputs,
         peak_ram=BASE_BYTES + states + (_largest(model) if on_gpu else working),
         peak_vram=working if on_gpu else 0,
         stages=_seconds(model, recipe, outputs, device),
+        batch_tokens=batch,
     )
+
+
+def _batch(model: Model, recipe: Recipe, device: torch.device, outputs: tuple[Output, ...]) -> tuple[int, int]:
+    """Tokens through a block at once, and the bytes on the device that go with them: halved until `--vram` holds them.
+
+    UsageError where it does not hold a single calibration row, or where the work is not done on a device.
+    """
+    limit = target_bytes(recipe.vram) if recipe.vram else None
+    if limit and device.type == "cpu":
+        raise UsageError("limits a CUDA device, and this runs on the CPU", where="--vram", hint="leave it out")
+    calibrated, below = any(o.calibrated for o in outputs), any(o.behind for o in outputs)
+    batch, least = BATCH_TOKENS, max(recipe.seqlen, recipe.ctx if recipe.eval_text else 0)
+    while (working := _working_bytes(model, recipe, calibrated, below, batch)) > (limit or working):
+        if batch <= least:
+            raise UsageError(
+                f"this takes about {working / 2**30:.2f} GiB on the device, more than {recipe.vram}",
+                where="--vram",
+                hint="allow more, use --device cpu, or a target that needs no calibration",
+            )
+        batch = max(least, batch // 2)
+    return batch, working
 
 
 def _largest(model: Model) -> int:
@@ -116,12 +142,20 @@ def _grams(model: Model) -> list[int]:
     return list(readers.values())
 
 
-def _working_bytes(model: Model, recipe: Recipe, calibrated: bool) -> int:
-    """Weights, statistics and temporaries at the fullest moment: a block being solved, or the heads being scored."""
-    block = 4 * sum(prod(r.shape) for r in model.block(0).values())
+def _block_bytes(model: Model) -> int:
+    return 4 * sum(prod(r.shape) for r in model.block(0).values())
+
+
+def _working_bytes(model: Model, recipe: Recipe, calibrated: bool, below: bool, batch: int) -> int:
+    """Weights, statistics and temporaries at the fullest moment: a block being solved, or the heads being scored.
+
+    `below`: behind an output's own blocks, where each activation's distance from the source's is summed as well.
+    """
+    block = _block_bytes(model)
     if calibrated:
-        block += 4 * sum(k * k for k in _grams(model)) + 4 * 4 * max(_grams(model)) ** 2 + 2 * block
-    block += 4 * BATCH_TOKENS * 4 * model.config["intermediate_size"]
+        grams = 4 * sum(k * k for k in _grams(model))
+        block += grams * (2 if below else 1) + 4 * 4 * max(_grams(model)) ** 2 + 2 * block
+    block += 4 * batch * 4 * model.config["intermediate_size"]
     heads = 3 * 4 * model.config["vocab_size"] * model.config["hidden_size"]  # two, and one as it is read
     scoring = heads + 8 * 4 * HEAD_LOGITS if recipe.eval_text else 0
     return max(block, 5 * _largest(model), scoring)

@@ -91,6 +91,7 @@ class Recipe(BaseModel):
     eval_chunks: Annotated[int, Field(ge=1)] | None = None  # None: all the text gives
     ctx: Annotated[int, Field(ge=8)] = 512
     device: str = "auto"
+    vram: Annotated[str, AfterValidator(_target_size)] | None = None  # the most to allocate on a CUDA device
     inputs: Literal["quantized", "source"] = "quantized"  # GPTQ: what its layers are calibrated on
     # of the source: facts stated over its own, and a chat template (a file or a built-in name)
     override: tuple[Annotated[str, AfterValidator(_fact)], ...] = ()
@@ -105,7 +106,7 @@ class Recipe(BaseModel):
     imatrix: str | None = None  # a file, used in place of calibrating
     target_size: Annotated[str, AfterValidator(_target_size)] | None = None  # types that make the target `gguf` so big
     target_bpw: Annotated[float, Field(gt=0)] | None = None  # or so many bits a weight
-    solver: Literal["gptq"] | None = None  # of GGUF targets: error compensation in place of ggml's rounding
+    solver: Literal["gptq", "awq+gptq"] | None = None  # error compensation where a target rounds; of scaled columns
     layers: dict[str, Layer] = {}  # by pattern of names, `"*.ffn_down": {type: Q6_K}`; the first that matches counts
 
     def choices(self) -> Choices:

@@ -54,6 +54,12 @@ class Stats:
         drift = None if self.drift is None else self.drift[order][:, order]
         return Stats(self.gram[order][:, order], self.absum[order], self.rows, drift)
 
+    def scaled(self, factor: Tensor) -> Stats:
+        """The statistics of the columns, each times its `factor` (K,)."""
+        both = factor[:, None] * factor
+        drift = None if self.drift is None else self.drift * both
+        return Stats(self.gram * both, self.absum * factor, self.rows, drift)
+
     @property
     def hessian(self) -> Tensor:
         """2/rows * gram, the Hessian of the layer's squared error (IST-DASLab `gptq.py`)."""

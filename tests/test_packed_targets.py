@@ -161,7 +161,16 @@ def test_exact_finds_any_scale_and_refuses_the_rest():
     assert exact(weight + 1e-4, Grid(4, 32)) is None
 
 
-def test_the_traps_of_an_old_file(tmp_path):
+TRAPPED = {  # targets by the solver that is asked for
+    "": ("fp16", "gptq-4bit-64g", "gptq-3bit-64g-asym", "gptq-4bit-64g-desc", "gptq-4bit-pc", "awq-4bit-64g")
+    + ("ct-4bit-64g", "Q4_K_M", "Q6_K", "Q8_0", "IQ4_XS", "Q4_0", "Q5_1"),
+    "gptq": ("awq-4bit-64g", "ct-4bit-64g-asym", "Q3_K_M", "Q4_K_M", "Q4_0", "Q5_1", "IQ4_XS"),
+    "awq+gptq": ("gptq-4bit-64g", "gptq-4bit-64g-asym-desc", "awq-4bit-64g", "ct-4bit-64g"),
+}
+
+
+@pytest.mark.parametrize("solver", TRAPPED)
+def test_the_traps_of_an_old_file(tmp_path, solver):
     """All-zero groups, dead channels and outliers near fp16's end: finite weights and sane scores everywhere."""
     model = toy_model()
     with torch.no_grad():
@@ -173,9 +182,9 @@ def test_the_traps_of_an_old_file(tmp_path):
             layer.mlp.gate_proj.weight[3, 11] = 40000.0
             layer.post_attention_layernorm.weight[11] = 1e-4
     source = write_toy(tmp_path / "Trap.Q2_K.gguf", model, T.Q8_0)
-    targets = ("fp16", "gptq-4bit-64g", "gptq-3bit-64g-asym", "gptq-4bit-pc", "awq-4bit-64g", "ct-4bit-64g", "Q4_K_M")
+    targets = TRAPPED[solver]
     options = ("--samples", 8, "--seqlen", 64, "--eval-chunks", 2, "--device", "cpu", "--json")
-    everything = (*(f"--to={t}" for t in targets), *options)
+    everything = (*(f"--to={t}" for t in targets), *options, *(("--solver", solver) if solver else ()))
     code, stdout, stderr = quantkit("convert", source, "-o", tmp_path / "out", *everything)
     assert code == 0, stderr
     report = json.loads(stdout)
@@ -184,3 +193,5 @@ def test_the_traps_of_an_old_file(tmp_path):
         assert v["perplexity"] < 1.5 * report["source"]["perplexity"], v["target"]
         weights = open_model(tmp_path / "out" / v["path"]).tensors
         assert all(bool(torch.isfinite(ref.read()).all()) for ref in weights.values())
+        solved = {t["solver"] for t in v["tensors"]}
+        assert not solver or solver in solved, v["target"]

@@ -41,8 +41,7 @@ def test_each_activation_is_seen_behind_what_is_solved_before_it(tmp_path, monke
     reference.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     model = open_model(tmp_path)
-    net = network(model, CPU)
-    monkeypatch.setattr("quantkit.forward.BATCH_TOKENS", 100)  # three batches of two rows
+    net = network(model, CPU, batch_tokens=100)  # three batches of two rows
     ids = torch.randint(2, 300, (6, 48), generator=torch.Generator().manual_seed(1))
     states = embed(net, ids)
     behind, paths = prefix(states), readers(model)

@@ -84,6 +84,25 @@ def load_autoawq(folder: Path, backend: str) -> tuple[nn.Module, str]:
     return plain_model(folder, tensors), f"autoawq {version('autoawq')} (packing_utils.dequantize_gemm)"
 
 
+def load_compressed_tensors(folder: Path, backend: str) -> tuple[nn.Module, str]:
+    """The library's own decompressor on every layer: transformers loads no folders with zero points."""
+    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(shard)
+    for name in [n for n in tensors if n.endswith(".weight_packed")]:
+        stem = name.removesuffix("weight_packed")
+        parts = {n.removeprefix(stem): tensors.pop(n) for n in list(tensors) if n.startswith(f"{stem}weight_")}
+        parts["weight_scale"] = parts["weight_scale"].float()
+        tensors[stem + "weight"] = PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
+    return plain_model(folder, tensors), f"compressed-tensors {version('compressed-tensors')}"
+
+
 def load_quantkit(folder: Path, backend: str) -> tuple[nn.Module, str]:
     """The folder as quantkit reads it."""
     from quantkit.model import open_model
@@ -107,6 +126,7 @@ def plain_model(folder: Path, tensors: dict[str, Tensor]) -> nn.Module:
 LOADERS = {
     "auto_round": load_auto_round,
     "autoawq": load_autoawq,
+    "compressed_tensors": load_compressed_tensors,
     "gptqmodel": load_gptqmodel,
     "quantkit": load_quantkit,
     "transformers": load_transformers,

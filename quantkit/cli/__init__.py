@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 
+import torch
 import typer
 
 from quantkit.cli import advise, compare, convert, imatrix, inspect, perplexity
@@ -41,6 +42,8 @@ def main() -> None:
         _fail(f"{e.format_message()} (see quantkit --help)", 2)
     except QuantkitError as e:
         _fail(str(e), e.exit_code)
+    except torch.OutOfMemoryError:
+        _fail("out of device memory; pass a shorter --seqlen, another --vram, or --device cpu", Resumable.exit_code)
     except MemoryError:
         _fail("out of memory; close other programs, or pass fewer --samples", Resumable.exit_code)
     except (KeyboardInterrupt, typer.Abort):

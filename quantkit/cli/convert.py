@@ -18,11 +18,11 @@ from quantkit.corpus import Text, evaluation_chunks, load_text
 from quantkit.errors import VerifyError
 from quantkit.evaluate import Score
 from quantkit.files.atomic import staged
-from quantkit.forward import device_of
+from quantkit.forward import device_of, limit_device
 from quantkit.model import Model, open_model
 from quantkit.overlap import refuse_overlap
 from quantkit.plan import Plan, make_plan
-from quantkit.recipe import GGUF, Recipe, load_recipe
+from quantkit.recipe import GGUF, Recipe, load_recipe, target_bytes
 from quantkit.report import fallbacks, fingerprinting, layers_csv, report, text_record, upcasts, variant_record
 
 
@@ -40,11 +40,14 @@ def command(
     eval_chunks: Annotated[int | None, typer.Option(min=1, help="Score the first N chunks only.")] = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Score nothing.")] = False,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:i.")] = None,
+    vram: Annotated[str | None, typer.Option(help="The most to take of a CUDA device: 24GiB.")] = None,
     override: Annotated[list[str] | None, typer.Option(help=OVERRIDE)] = None,
     chat_template: Annotated[str | None, typer.Option(help=CHAT_TEMPLATE)] = None,
     target_size: Annotated[str | None, typer.Option(help="A GGUF of this size (22GiB), of the best types.")] = None,
     target_bpw: Annotated[float | None, typer.Option(help="A GGUF of so many bits a weight.")] = None,
-    solver: Annotated[str | None, typer.Option(help="GGUF: gptq, to compensate rounding errors.")] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="gptq: for GGUF and AWQ too. awq+gptq: scale columns first.")
+    ] = None,
     inputs: Annotated[
         str | None, typer.Option(help="GPTQ: calibrate behind the layers as quantized, or on the source's activations.")
     ] = None,
@@ -71,6 +74,7 @@ def command(
         "eval_text": eval_text,
         "eval_chunks": eval_chunks,
         "device": device,
+        "vram": vram,
         "override": override or None,
         "chat_template": chat_template,
         "target_size": target_size,
@@ -96,6 +100,8 @@ def command(
         _show_plan(plan, as_json)
         return
     claim(output, plan, force)
+    if settings.vram:
+        limit_device(where, target_bytes(settings.vram))
     failed = _run(model, settings, plan, output, where, force, as_json)
     if failed:
         raise VerifyError(f"{len(failed)} of {len(plan.outputs)} outputs failed: {failed[0]}", where=str(output))

@@ -92,10 +92,14 @@ class Grid:
 
     def plain(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero from the extremes alone, as round-to-nearest takes them: w (..., g) -> two tensors (...)."""
+        return self.between(*w.aminmax(dim=-1))
+
+    def between(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero of groups whose weights lie between `low` and `high` (...)."""
         if self.symmetric:
-            absmax = w.abs().amax(-1)
-            return self._parameters(-absmax * 2**self.bits / self.top, absmax)
-        return self._parameters(*self._ends(w)[0])
+            reach = torch.maximum(-low, high)
+            return self._parameters(-reach * 2**self.bits / self.top, reach)
+        return self._parameters(low.clamp_max(0), high.clamp_min(0))
 
     def codes(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """The nearest codes, as floats: w (..., g) under scale and zero (...)."""

@@ -1,19 +1,27 @@
-"""AWQ GEMM folders: `awq`, `awq-4bit-64g`. 4 bits with zero points; column scales folded into what feeds a matrix."""
+"""AWQ GEMM folders: `awq`, `awq-4bit-64g`. 4 bits with zero points; column scales folded into what feeds a matrix.
+
+By default matrices are rounded, each group's range clipped; with `--solver gptq` or `awq+gptq` they are solved as those
+of GPTQ folders are, without the column scales or with them.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from quantkit.codecs.grid import Grid
+from quantkit.codecs.grid import Grid, Quantized
 from quantkit.codecs.packed import pack_awq
 from quantkit.errors import UsageError
+from quantkit.files.safetensors import Spec
 from quantkit.model import Model
 from quantkit.solvers.awq import awq_round, awq_scale
 from quantkit.solvers.rtn import weighted
+from quantkit.targets.folding import fold
+from quantkit.targets.grids import Asked, solved_folder
 from quantkit.targets.target import (
     Calibration,
     Choices,
@@ -38,25 +46,6 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
         raise UsageError("AWQ GEMM is 4-bit, in groups of 16 to 128", where=match[0], hint="use awq-4bit-64g or gptq")
     group, why = fitting_group(model, asked)
     require_multiples(model, 8, 8, "AWQ")
-    grid = Grid(4, group, symmetric=False)
-
-    def solve(piece: Piece) -> Iterator[Solved]:
-        weights, scales = fold(piece, grid)
-        for name, weight in weights.items():
-            placed = piece.refs[name].placed
-            if not placed.reads or placed.weight.kept:
-                yield dense(name, weight, torch.float16)
-                continue
-            stats, scale = piece.stats[placed.reads], scales.get(name, torch.ones(1, device=weight.device))
-            if fallback := scarce(piece, placed.reads):
-                q = weighted(weight, stats, grid)
-            else:
-                q = awq_round(weight, stats, grid, scale.expand(weight.shape[1]))
-            value, stem = q.dequantize(), name.removesuffix(".weight")
-            parts = {f"{stem}.{part}": t for part, t in pack_awq(q).items()}
-            log = {"fallback": fallback} if fallback else {}
-            yield Solved(name, parts, value, weight_loss(weight / scale, value / scale, stats), log)
-
     config = {
         "quant_method": "awq",
         "bits": 4,
@@ -66,56 +55,44 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
         "version": "gemm",
         "modules_to_not_convert": ["lm_head", *(w.hf for w in model.arch.block if w.kept)],
     }
-    parts = {
-        name: [
-            (f"{name.removesuffix('.weight')}.qweight", torch.int32, (ref.shape[1], ref.shape[0] // 8)),
-            (f"{name.removesuffix('.weight')}.qzeros", torch.int32, (ref.shape[1] // group, ref.shape[0] // 8)),
-            (f"{name.removesuffix('.weight')}.scales", torch.float16, (ref.shape[1] // group, ref.shape[0])),
-        ]
-        for name, ref in linear(model).items()
-    }
-    note = f"4-bit with zero points, {why}"
-    return folder_output(match[0].lower(), "awq", note, model, parts, "awq", solve, torch.float16, config)
+    wanted = Asked(4, group, False, False, f"4-bit with zero points, {why}")
+    if choices.solver:
+        return solved_folder(match[0].lower(), "awq", model, choices, wanted, _parts, _packed, config)
+    parts = {n: _parts(n.removesuffix(".weight"), r.shape, wanted) for n, r in linear(model).items()}
+    solve = partial(_solve, wanted.grid(group))
+    return folder_output(match[0].lower(), "awq", wanted.why, model, parts, "awq", solve, torch.float16, config)
 
 
-def fold(piece: Piece, grid: Grid) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The block's weights with AWQ's scales moved in, and the scale of each matrix that has one.
-
-    Each scale multiplies the columns of the matrices that read an activation and divides the rows of what makes it. The
-    last activation of the block comes first, so that a producer's rows are final when its own columns are searched.
-    A producer of another width (the value projection under grouped-query attention) leaves its activation unscaled, and
-    an expert that too few tokens asked for its own.
-    """
-    weights, scales = dict(piece.weights), {}
-    for maker, names, activation in _sites(piece):
-        searched = [weights[n] for n in names if not piece.refs[n].placed.weight.kept]
-        if weights[maker].shape[0] != searched[0].shape[1] or scarce(piece, activation):
+def _solve(grid: Grid, piece: Piece) -> Iterator[Solved]:
+    """Scale, clip and round a block."""
+    folded = fold(piece, lambda weights, stats: awq_scale(weights, stats, grid))
+    for name, weight in folded.weights.items():
+        placed = piece.refs[name].placed
+        if not placed.reads or placed.weight.kept:
+            yield dense(name, weight, torch.float16)
             continue
-        scale = awq_scale(torch.cat(searched), piece.stats[activation], grid)
-        for n in names:
-            weights[n] = weights[n] * scale
-            scales[n] = scale
-        producer = piece.refs[maker].placed.weight
-        for n in (maker, maker.removesuffix(".weight") + ".bias"):
-            if n in weights:
-                weights[n] = producer.divided(weights[n], scale, piece.model.config)
-    return weights, scales
+        stats, scale = piece.stats[placed.reads], folded.column(name)
+        if fallback := scarce(piece, placed.reads):
+            q = weighted(weight, stats, grid)
+        else:
+            q = awq_round(weight, stats, grid, scale.expand(weight.shape[1]))
+        value, log = q.dequantize(), {"fallback": fallback} if fallback else {}
+        loss = weight_loss(weight / scale, value / scale, stats)
+        yield Solved(name, _packed(name.removesuffix(".weight"), q), value, loss, log)
 
 
-def _sites(piece: Piece) -> Iterator[tuple[str, list[str], str]]:
-    """What makes an activation, what reads it, and its name: the last of a block first, each expert's for itself.
+def _packed(stem: str, q: Quantized) -> dict[str, Tensor]:
+    return {f"{stem}.{part}": t for part, t in pack_awq(q).items()}
 
-    All experts together read what the router reads, whose statistics are of every token.
-    """
-    at: dict[str, list[tuple[int | None, str]]] = {}
-    for name, ref in piece.refs.items():
-        if name.endswith(".weight"):
-            at.setdefault(ref.placed.weight.gguf, []).append((ref.placed.expert, name))
-    for producer, consumers in reversed(piece.model.arch.folds()):
-        for expert, maker in at.get(producer.gguf, []):
-            names = [n for c in consumers for e, n in at[c.gguf] if expert is None or e == expert]
-            if names:
-                yield maker, names, f"{producer.writes}" if expert is None else f"{producer.writes}.{expert}"
+
+def _parts(stem: str, shape: tuple[int, ...], asked: Asked) -> list[Spec]:
+    n, k = shape
+    groups = k // asked.grid(k).group
+    return [
+        (f"{stem}.qweight", torch.int32, (k, n // 8)),
+        (f"{stem}.qzeros", torch.int32, (groups, n // 8)),
+        (f"{stem}.scales", torch.float16, (groups, n)),
+    ]
 
 
 FAMILY = Family("awq, awq-4bit-64g", re.compile(r"awq(?:-(?P<bits>\d+)bit)?(?:-(?P<group>\d+)g)?", re.IGNORECASE), plan)

@@ -11,15 +11,14 @@ from quantkit.codecs.grid import Quantized
 from quantkit.codecs.packed import pack_compressed
 from quantkit.files.safetensors import Spec
 from quantkit.model import Model
-from quantkit.targets.grids import NAME, Asked, asked_of, behind, note_of, solving, taken_over
-from quantkit.targets.target import Calibration, Choices, Family, Output, folder_output, linear, require_multiples
+from quantkit.targets.grids import NAME, Asked, asked_of, solved_folder
+from quantkit.targets.target import Calibration, Choices, Family, Output, require_multiples
 
 
 def plan(match: re.Match[str], model: Model, calibration: Calibration | None, choices: Choices) -> Output:
     """A pack-quantized folder, solved as GPTQ is; UsageError for a bit width, a group or a shape that does not fit."""
     asked = asked_of(match, model)
     require_multiples(model, 32, 32, "compressed-tensors")
-    kept = taken_over(model, asked)
 
     def pack(stem: str, q: Quantized) -> dict[str, Tensor]:
         return {f"{stem}.{part}": t for part, t in pack_compressed(q, asked.bits, asked.symmetric).items()}
@@ -39,20 +38,7 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
         "ignore": ["lm_head", *(rf"re:.*\.{w.hf}$" for w in model.arch.block if w.kept)],
     }
-    return folder_output(
-        match[0].lower(),
-        "compressed-tensors",
-        note_of(model, asked, "ct"),
-        model,
-        {n: _parts(n.removesuffix(".weight"), r.shape, asked) for n, r in linear(model).items()},
-        "gptq",
-        solving(asked, kept, pack),
-        torch.float16,
-        config,
-        None,
-        behind(model, choices),
-        kept,
-    )
+    return solved_folder(match[0].lower(), "compressed-tensors", model, choices, asked, _parts, pack, config)
 
 
 def _parts(stem: str, shape: tuple[int, ...], asked: Asked) -> list[Spec]:

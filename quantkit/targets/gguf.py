@@ -60,6 +60,8 @@ def plan_mixture(
     matrix and there is none for its tensor.
     """
     tensors = held(model)
+    if choices.solver not in (None, "gptq"):
+        raise UsageError(f"a GGUF is not solved by {choices.solver}", where=name, hint="use --solver gptq, or a folder")
     if choices.solver == "gptq" and (choices.imatrix or not calibration):
         raise UsageError("the solver gptq needs a calibration", where=name, hint="do without --imatrix, or --solver")
     given = fitting_imatrix(choices.imatrix, model) if choices.imatrix else None

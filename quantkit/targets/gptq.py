@@ -18,15 +18,14 @@ from quantkit.codecs.packed import pack_gptq
 from quantkit.files.safetensors import Spec
 from quantkit.model import Model
 from quantkit.solvers.gptq import DAMP
-from quantkit.targets.grids import NAME, Asked, asked_of, behind, note_of, solving, taken_over
-from quantkit.targets.target import Calibration, Choices, Family, Output, folder_output, linear, require_multiples
+from quantkit.targets.grids import NAME, Asked, asked_of, behind, solved_folder
+from quantkit.targets.target import Calibration, Choices, Family, Output, require_multiples
 
 
 def plan(match: re.Match[str], model: Model, calibration: Calibration | None, choices: Choices) -> Output:
     """A GPTQ folder; UsageError for a bit width, a group or a shape that no reader takes."""
     asked = asked_of(match, model)
     require_multiples(model, 32, 32, "GPTQ")
-    kept = taken_over(model, asked)
     layout = "gptq" if asked.symmetric else "gptq_v2"
 
     def pack(stem: str, q: Quantized) -> dict[str, Tensor]:
@@ -46,20 +45,8 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
         "true_sequential": behind(model, choices),
         "damp_percent": DAMP,
     }
-    return folder_output(
-        match[0].lower(),
-        "gptq",
-        note_of(model, asked, "gptq"),
-        model,
-        {n: _parts(n.removesuffix(".weight"), r.shape, asked) for n, r in linear(model).items()},
-        "gptq",
-        solving(asked, kept, pack),
-        torch.float16,
-        config,
-        {"quantize_config.json": json.dumps(config, indent=2) + "\n"},
-        behind(model, choices),
-        kept,
-    )
+    files = {"quantize_config.json": json.dumps(config, indent=2) + "\n"}
+    return solved_folder(match[0].lower(), "gptq", model, choices, asked, _parts, pack, config, files)
 
 
 def _parts(stem: str, shape: tuple[int, ...], asked: Asked) -> list[Spec]:

@@ -8,24 +8,43 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantkit.codecs.grid import Grid, Quantized
 from quantkit.errors import BadInput, UsageError
+from quantkit.files.safetensors import Spec
 from quantkit.model import Model, Ref
+from quantkit.solvers.awq import awq_scale
 from quantkit.solvers.exact import exact
 from quantkit.solvers.gptq import by_activation, gptq, rounding
-from quantkit.targets.target import Choices, Piece, Solved, dense, fitting_group, linear, readers_of, scarce
+from quantkit.stats import Stats
+from quantkit.targets.folding import Folded, fold
+from quantkit.targets.target import (
+    Choices,
+    Output,
+    Piece,
+    Solved,
+    dense,
+    fitting_group,
+    folder_output,
+    linear,
+    readers_of,
+    scarce,
+)
 
 BITS = (2, 3, 4, 8)  # what transformers' GPTQConfig accepts
 GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 BLOCKS = {"Q4_0": (4, 32), "Q5_0": (5, 32), "Q8_0": (8, 32)}  # bits and group of symmetric GGUF types
 WITH_MINIMUM = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")  # a real number, not a multiple of the scale
+SCALED = "awq+gptq"  # the solver that scales columns first
 NAME = r"(?:-(?P<bits>\d+)bit)?(?:-(?P<group>\d+)g|-(?P<channel>pc))?(?P<asym>-asym)?"
+
+Pack = Callable[[str, Quantized], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -98,7 +117,8 @@ def note_of(model: Model, asked: Asked, family: str) -> str:
         return f"{asked.why}; {better} would hold the source's {kind} exactly, without calibration"
     if any(t in WITH_MINIMUM for t in types):
         kind = next(t for t, _ in types.most_common() if t in WITH_MINIMUM)
-        return f"{asked.why}; {kind} blocks have a real minimum, so no integer grid holds the source exactly"
+        nearest = "" if asked.symmetric else "; what the nearest zeros lose is loss_rounded in layers.csv"
+        return f"{asked.why}; {kind} blocks have a real minimum, so no integer grid holds the source exactly{nearest}"
     return asked.why
 
 
@@ -107,35 +127,79 @@ def behind(model: Model, choices: Choices) -> bool:
 
     Not in a mixture of experts: there a token may reach another expert than in the source, and has no counterpart.
     """
-    return choices.inputs == "quantized" and all(r.placed.expert is None for r in model.tensors.values())
+    return choices.inputs == "quantized" and not _mixture(model)
+
+
+def _mixture(model: Model) -> bool:
+    return any(r.placed.expert is not None for r in model.tensors.values())
+
+
+def solved_folder(
+    target: str,
+    format: str,
+    model: Model,
+    choices: Choices,
+    asked: Asked,
+    parts: Callable[[str, tuple[int, ...], Asked], list[Spec]],
+    pack: Pack,
+    config: dict[str, Any],
+    files: Mapping[str, str] | None = None,
+) -> Output:
+    """A folder whose matrices are solved on the grid asked for; `parts` plans and `pack` lays out one, by its stem."""
+    scaled = choices.solver == SCALED
+    kept = frozenset() if scaled else taken_over(model, asked)
+    note = asked.why if scaled else note_of(model, asked, "ct" if format == "compressed-tensors" else "gptq")
+    if scaled:
+        note += "; columns scaled as AWQ does, then solved"
+    if choices.inputs == "quantized" and _mixture(model):
+        note += "; calibrated on the source's activations, as mixtures of experts are"
+    planned = {n: parts(n.removesuffix(".weight"), r.shape, asked) for n, r in linear(model).items()}
+    solve, solver = solving(asked, kept, pack, scaled), choices.solver or "gptq"
+    below = behind(model, choices)
+    output = folder_output(
+        target, format, note, model, planned, solver, solve, torch.float16, config, files, below, kept
+    )
+    return replace(output, scaled=scaled)
 
 
 def solving(
-    asked: Asked, kept: frozenset[str], pack: Callable[[str, Quantized], dict[str, Tensor]]
+    asked: Asked, kept: frozenset[str], pack: Pack, scaled: bool = False
 ) -> Callable[[Piece], Iterator[Solved]]:
-    """How an output on this grid solves a piece; `pack` lays out a matrix, given its stem, as parts to write."""
+    """How an output on this grid solves a piece; `pack` lays out a matrix, given its stem, as parts to write.
 
-    def done(name: str, q: Quantized, loss: float, log: dict[str, object]) -> Solved:
-        return Solved(name, pack(name.removesuffix(".weight"), q), q.dequantize(), loss, log)
+    `scaled`: with its columns scaled before, by the exponent that the solver itself does best with.
+    """
+
+    def done(name: str, q: Quantized, loss: float, log: dict[str, object], folded: Folded) -> Solved:
+        value = q.dequantize()
+        undone = folded.undone(name, value) if scaled else None
+        return Solved(name, pack(name.removesuffix(".weight"), q), value, loss, log, undone)
 
     def solve(piece: Piece) -> Iterator[Solved]:
         groups = readers_of(piece)
         members = {name for names in groups.values() for name in names}
+        folded = fold(piece, search) if scaled else Folded(dict(piece.weights))
         for name in (n for n in piece.refs if n not in members):
-            yield dense(name, piece.weight(name), torch.float16)
+            weight = folded.weights[name] if name in folded.weights else piece.weight(name)
+            yield replace(dense(name, weight, torch.float16), unfolded=piece.weights.get(name) if scaled else None)
         for activation, names in groups.items():
             for name in (n for n in names if n in kept):
                 weight = piece.weight(name)
                 q = exact(weight, asked.grid(weight.shape[1]))
                 if q is None:
                     raise BadInput("does not lie on the grid of its type", where=name, hint="get the source again")
-                yield done(name, q, 0.0, {})
-            yield from solved(piece, activation, [n for n in names if n not in kept])
+                yield done(name, q, 0.0, {}, folded)
+            yield from solved(piece, activation, [n for n in names if n not in kept], folded)
 
-    def solved(piece: Piece, activation: str, names: list[str]) -> Iterator[Solved]:
+    def search(weights: Tensor, stats: Stats) -> Tensor:
+        return awq_scale(weights, stats, asked.grid(weights.shape[1]), compensated)
+
+    def solved(piece: Piece, activation: str, names: list[str], folded: Folded) -> Iterator[Solved]:
         if not names:
             return
-        weights, stats = torch.cat([piece.weights[n] for n in names]), piece.stats[activation]
+        weights, stats = torch.cat([folded.weights[n] for n in names]), piece.stats[activation]
+        if scaled:
+            stats = stats.scaled(1 / folded.column(names[0]))
         grid = asked.grid(weights.shape[1])
         try:
             if why := scarce(piece, activation):
@@ -144,7 +208,12 @@ def solving(
                 found = (by_activation if asked.by_activation else gptq)(weights, stats, grid)
         except BadInput as e:
             raise BadInput(e.what, where=names[0], hint=e.hint) from e
-        for name, s in zip(names, found.rows([len(piece.weights[n]) for n in names]), strict=True):
-            yield done(name, s.quantized, s.loss, s.log)
+        for name, s in zip(names, found.rows([len(folded.weights[n]) for n in names]), strict=True):
+            yield done(name, s.quantized, s.loss, s.log, folded)
 
     return solve
+
+
+def compensated(weight: Tensor, stats: Stats, grid: Grid) -> Tensor:
+    """`weight` as GPTQ leaves it in one pass: what a search for scales tries."""
+    return gptq(weight, stats, grid, polishing=0).quantized.dequantize()

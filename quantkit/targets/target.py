@@ -41,7 +41,7 @@ class Calibration:
 class Choices:
     """What is asked of targets beside their names, as `llama-quantize` takes it; the defaults ask for nothing.
 
-    All but `inputs` is for GGUF targets; see `targets.gguf` and `targets.mixtures`.
+    All but `inputs` and `solver` is for GGUF targets; see `targets.gguf` and `targets.mixtures`.
     """
 
     output_type: str | None = None  # of output.weight, and of token_embd.weight where it is the output as well
@@ -52,7 +52,7 @@ class Choices:
     split_bytes: int | None = None  # the largest file of a set
     imatrix: Path | None = None  # in place of calibrating
     layers: tuple[LayerRule, ...] = ()  # of single layers; go before all else
-    solver: str | None = None  # gptq: error compensation for GGUF types as well
+    solver: str | None = None  # gptq: error compensation for GGUF types and AWQ; awq+gptq: of scaled columns
     inputs: str = "quantized"  # what solvers of packed folders are calibrated on: quantized (the prefix) or source
 
 
@@ -84,6 +84,7 @@ class Piece:
     weights: Mapping[str, Tensor]
     stats: Mapping[str, Stats]
     device: torch.device = CPU
+    source: Mapping[str, Stats] = field(default_factory=dict)  # the source's beside others, for `Output.scaled`
 
     def weight(self, name: str) -> Tensor:
         """A whole tensor, float32 in HF layout on the device; BadInput where a value is not finite."""
@@ -106,6 +107,8 @@ class Solved:
     `loss` is the share of the output's energy that the change of the weight costs on the calibration activations,
     tr(delta G delta^T) / tr(W G W^T); for a tensor that reads no activation, of the weight's own energy. Behind a
     quantized prefix, W is what comes nearest to the source's outputs there.
+
+    `unfolded` is the same weight in a block without column scales, where some were moved from one weight to another.
     """
 
     source: str
@@ -113,6 +116,7 @@ class Solved:
     value: Tensor | None
     loss: float
     log: dict[str, Any] = field(default_factory=dict)  # how a solver came to it, for the report
+    unfolded: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,7 @@ class Output:
     outer: bool = False  # whether solvers need statistics of embedding and output matrix (`sensitivity`)
     sealed: bool = False  # its bytes are its meaning, and are what verification compares
     behind: bool = False  # calibrated behind its own quantized blocks, and not on the source's activations
+    scaled: bool = False  # looks for column scales under the source's statistics, wherever else it is calibrated
 
     @property
     def nbytes(self) -> int:
