@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,10 @@ def test_names_are_the_hubs_and_routers_are_floats(made):
             router = f.get_tensor(f"model.layers.1.{module}.gate.weight")
         assert all(f"model.layers.2.{module}.experts.4.{part}.{part_of_it}" in stored for part in parts)
         assert router.dtype == torch.float16
-    awq, ct = (json.loads((out / t / "config.json").read_text())["quantization_config"] for t in TARGETS[2:4])
+    gptq, awq, ct = (json.loads((out / t / "config.json").read_text())["quantization_config"] for t in TARGETS[1:4])
+    (left,) = gptq["dynamic"]
+    assert left.startswith("-:") and re.match(left[2:], f"model.layers.2.{module}.gate")
+    assert not re.match(left[2:], f"model.layers.2.{module}.experts.4.{parts[0]}")
     assert f"{module}.gate" in awq["modules_to_not_convert"] and rf"re:.*\.{module}.gate$" in ct["ignore"]
 
 

@@ -45,6 +45,8 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
         "true_sequential": behind(model, choices),
         "damp_percent": DAMP,
     }
+    if routers := [w.hf.rpartition(".")[2] for w in model.arch.block if w.kept]:
+        config["dynamic"] = {rf"-:.*\.{name}$": {} for name in routers}  # GPTQModel's way to say what is left as it is
     files = {"quantize_config.json": json.dumps(config, indent=2) + "\n"}
     return solved_folder(match[0].lower(), "gptq", model, choices, asked, _parts, pack, config, files)
 
