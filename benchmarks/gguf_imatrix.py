@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from quantkit.corpus import evaluation_chunks, load_text
@@ -39,13 +40,13 @@ def main() -> None:
         subprocess.run([str(c) for c in command], check=True, capture_output=True)
         theirs = read_imatrix(path)
     assert ours.sums.keys() == theirs.sums.keys()
-    assert all(torch.equal(ours.counts[n], theirs.counts[n]) for n in theirs.sums)
+    assert all(np.array_equal(ours.counts[n], theirs.counts[n]) for n in theirs.sums)
     differences = []
     for name in theirs.sums:
-        a, b = ours.importance(name).double(), theirs.importance(name).double()
-        differences.append(((a - b).abs() / b.clamp_min(1e-12)).flatten())
-    columns = torch.cat(differences)
-    middle, most = columns.median().item(), columns.max().item()
+        a, b = ours.importance(name).astype(np.float64), theirs.importance(name).astype(np.float64)
+        differences.append((np.abs(a - b) / np.maximum(b, 1e-12)).ravel())
+    columns = np.concatenate(differences)
+    middle, most = np.median(columns), columns.max()
     print(f"{len(columns):,} columns of {len(theirs.sums)} entries: difference {middle:.2g} median, {most:.2g} at most")
 
 

@@ -22,7 +22,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
+import numpy as np
 from measured import Cost, run, spread
 
 from quantkit.files.gguf import GGUF, read_gguf
@@ -31,16 +31,16 @@ from quantkit.files.imatrix import Imatrix, write_imatrix
 
 def random_imatrix(source: Path, path: Path) -> Path:
     """An importance matrix for every matrix of the blocks, of random numbers: the work is the same."""
-    generator = torch.Generator().manual_seed(0)
+    rng = np.random.default_rng(0)
     tensors = {n: t for n, t in read_gguf(source).tensors.items() if n.startswith("blk.") and len(t.shape) == 2}
-    sums = {n: torch.rand(1, t.shape[1], generator=generator) * 1000 for n, t in tensors.items()}
-    write_imatrix(path, Imatrix(sums, {n: torch.tensor([512]) for n in sums}, ("random",), 1, 512))
+    sums = {n: rng.random((1, t.shape[1]), dtype=np.float32) * 1000 for n, t in tensors.items()}
+    write_imatrix(path, Imatrix(sums, {n: np.array([512]) for n in sums}, ("random",), 1, 512))
     return path
 
 
 def differing(a: GGUF, b: GGUF) -> int:
     """How many tensors of two files are not the same in type and bytes."""
-    same = (a.tensors[n].type == t.type and torch.equal(a.raw(n), b.raw(n)) for n, t in b.tensors.items())
+    same = (a.tensors[n].type == t.type and np.array_equal(a.stored(n), b.stored(n)) for n, t in b.tensors.items())
     return sum(not s for s in same)
 
 

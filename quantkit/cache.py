@@ -11,10 +11,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from quantkit.errors import QuantkitError
 from quantkit.files.atomic import staged
+from quantkit.later import Tensor
 from quantkit.model import Model
 
 LIMIT = 32 << 30  # bytes of kept tensors; beyond it the longest unread give way

@@ -14,9 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from quantkit.corpus import Text
 from quantkit.errors import UsageError, VerifyError
 from quantkit.evaluate import Predictions, Score, predict, score
@@ -24,6 +21,7 @@ from quantkit.files.atomic import require_space, staged, syncing
 from quantkit.files.imatrix import write_imatrix
 from quantkit.forward import Network, States, embed, network, readers, run, watching
 from quantkit.importance import Sums, imatrix_of, squares
+from quantkit.later import Device, Tensor, torch
 from quantkit.model import Model, Ref, open_model
 from quantkit.plan import Plan
 from quantkit.prefix import Inputs, Kept, prefix
@@ -32,7 +30,7 @@ from quantkit.sensitivity import outer_statistics
 from quantkit.stats import Stats
 from quantkit.targets import Output, Piece, Row, Solved
 from quantkit.targets.gguf import IMATRIX_FILE
-from quantkit.targets.target import CPU, finite
+from quantkit.targets.target import finite
 from quantkit.verify import digest, verify
 
 OUTER_ROWS = 8  # calibration rows that are run back as well, for statistics of embedding and output matrix
@@ -110,7 +108,7 @@ def convert(
     model: Model,
     plan: Plan,
     out: Path,
-    device: torch.device,
+    device: Device,
     calibration: Tensor | None,
     text: Text | None,
     evaluation: Tensor | None,
@@ -125,7 +123,7 @@ def convert(
     with folder_for(out, plan, force):
         net = None
         if plan.calibrated or evaluation is not None:
-            net = network(model, device, batch_tokens=plan.batch_tokens)
+            net = network(model, torch.device(device), batch_tokens=plan.batch_tokens)
         with ExitStack() as all_products:
             products = [_open(o, out, force, all_products) for o in plan.outputs]
             sums: Sums = {}
@@ -143,7 +141,7 @@ def convert(
         reference = yield from _predict(net, evaluation, "scoring the source")
         yield SourceScored(score(reference, evaluation))
         for p in finished:
-            variant = network(open_model(out / p.output.path), device, batch_tokens=plan.batch_tokens)
+            variant = network(open_model(out / p.output.path), net.device, batch_tokens=plan.batch_tokens)
             predictions = yield from _predict(variant, evaluation, f"scoring {p.output.target}")
             yield VariantDone(p.output, p.seconds, score(predictions, evaluation, reference))
 
@@ -185,7 +183,7 @@ def _solve(
     model: Model,
     net: Network | None,
     products: list[_Product],
-    device: torch.device,
+    device: Device,
     calibration: Tensor | None,
     sums: Sums,
 ) -> Iterator[Event]:
@@ -220,7 +218,7 @@ def _solve(
         yield Progress(stage, len(outer) + layer + 1, total)
 
 
-def _blocks(model: Model, device: torch.device, held: bool) -> Iterator[tuple[dict[str, Ref], dict[str, Tensor]]]:
+def _blocks(model: Model, device: Device, held: bool) -> Iterator[tuple[dict[str, Ref], dict[str, Tensor]]]:
     """The blocks in order, by HF name, with all their weights where they are `held`.
 
     While one is worked on, the next is read into CPU memory.
@@ -230,14 +228,14 @@ def _blocks(model: Model, device: torch.device, held: bool) -> Iterator[tuple[di
         yield from ((refs, {}) for refs in blocks)
         return
     with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(_held, blocks[0], CPU)
+        coming = reader.submit(_held, blocks[0], "cpu")
         for refs, following in zip(blocks, [*blocks[1:], {}], strict=True):
             weights = {name: w.to(device) for name, w in coming.result().items()}
-            coming = reader.submit(_held, following, CPU)
+            coming = reader.submit(_held, following, "cpu")
             yield refs, weights
 
 
-def _held(refs: Mapping[str, Ref], device: torch.device) -> dict[str, Tensor]:
+def _held(refs: Mapping[str, Ref], device: Device) -> dict[str, Tensor]:
     return {name: finite(name, ref.read().to(device)) for name, ref in refs.items()}
 
 
@@ -277,7 +275,7 @@ def _store(p: _Product, solved: Solved) -> None:
     value = None if p.output.sealed else solved.value
     p.digests[solved.source] = seal(solved.parts.values()) if value is None else digest(value)
     for name, part in solved.parts.items():
-        p.writer.write(name, part.cpu())
+        p.writer.write(name, part)
 
 
 def _finish(p: _Product) -> Generator[Event, None, bool]:

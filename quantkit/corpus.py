@@ -21,11 +21,9 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
-
 from quantkit.chat import render
 from quantkit.errors import BadInput, UsageError
+from quantkit.later import Tensor, torch
 from quantkit.resources import resource
 
 if TYPE_CHECKING:

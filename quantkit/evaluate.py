@@ -13,11 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-from torch.nn.functional import threshold
-
 from quantkit.forward import Network, final_states
+from quantkit.later import Tensor, nn, no_grad, torch
 
 HEAD_LOGITS = 1 << 24  # logits computed at once, 64 MiB: 341 positions of a 49,152-token vocabulary, 64 of 262,144
 
@@ -188,7 +185,7 @@ def score(predictions: Predictor, chunks: Tensor, reference: Reference | None = 
     return summary(measure(predictions, chunks, reference), *chunks.shape)
 
 
-@torch.no_grad()
+@no_grad
 def measure(predictions: Predictor, chunks: Tensor, reference: Reference | None = None) -> Positions:
     """Losses, and where there is a reference divergences, at every scored position of `chunks` (n, ctx)."""
     n, each = predictions.counts
@@ -217,7 +214,12 @@ def _compared(predictions: Predictor, reference: Reference | None, rows: slice, 
 
 def _kl(p: Tensor, q: Tensor, floor: float) -> Tensor:
     """KL(p || q) of log-probabilities (n, vocab) over those of p above `floor`, float64 (n,); q is used up."""
-    return torch.sub(p, q, out=q).mul_(threshold(p.exp(), math.exp(floor), 0.0, inplace=True)).sum(1).double()
+    return (
+        torch.sub(p, q, out=q)
+        .mul_(nn.functional.threshold(p.exp(), math.exp(floor), 0.0, inplace=True))
+        .sum(1)
+        .double()
+    )
 
 
 def summary(positions: Positions, chunks: int, ctx: int) -> Score:

@@ -11,15 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from quantkit.codecs import decode, encode, lookup
 from quantkit.errors import UsageError
 from quantkit.files.gguf_writer import tensor_nbytes
 from quantkit.forward import Network
+from quantkit.later import Tensor, torch
 from quantkit.sensitivity import Fisher, fisher
-from quantkit.targets.gguf import Held, held
+from quantkit.targets.gguf_tensors import Held, held
 from quantkit.targets.mixtures import quantizable
 
 ROWS = 128  # of a tensor that are encoded to measure a type by

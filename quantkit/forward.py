@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from quantkit.errors import BadInput, UsageError
+from quantkit.hardware import may_have_card
+from quantkit.later import Device, Tensor, nn, no_grad, torch
 from quantkit.model import Model, Ref, transformers_config
 from quantkit.stats import Stats
 
@@ -48,6 +47,11 @@ def limit_device(device: torch.device, nbytes: int) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), device)
 
 
+def place_of(name: str) -> Device:
+    """The same, and torch is asked only where there may be a card: what needs no torch then goes without."""
+    return "cpu" if name == "cpu" or (name == "auto" and not may_have_card()) else device_of(name)
+
+
 @dataclass(frozen=True)
 class Network:
     """A model's empty transformers network, the device its blocks are filled on, and the type they are run in."""
@@ -55,7 +59,7 @@ class Network:
     model: Model
     empty: nn.Module
     device: torch.device
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = field(default_factory=lambda: torch.float32)
     batch_tokens: int = BATCH_TOKENS
 
     @property
@@ -99,11 +103,12 @@ class Network:
 
 
 def network(
-    model: Model, device: torch.device, dtype: torch.dtype = torch.float32, batch_tokens: int = BATCH_TOKENS
+    model: Model, device: torch.device, dtype: torch.dtype | None = None, batch_tokens: int = BATCH_TOKENS
 ) -> Network:
     """The empty network of `model`, from transformers, checked to have exactly the model's tensors."""
     from transformers import AutoModelForCausalLM
 
+    dtype = dtype or torch.float32  # not a default value, for which torch would have to be there
     config = transformers_config(model.config, model.path)
     # the fused kernels know no soft cap on attention and would leave it out
     config._attn_implementation = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
@@ -126,16 +131,17 @@ def _parameters(model: Model, read: Callable[[Ref], Tensor]) -> dict[str, Tensor
     return out
 
 
-class _Notes(nn.Module):
-    """Stands in for a block: passes hidden states on and keeps what it was called with."""
+def _taking_notes() -> Any:
+    """Stands in for a block: passes hidden states on and keeps what it was called with, as `kwargs`."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.kwargs: dict[str, Any] = {}
+    class Notes(nn.Module):
+        kwargs: Mapping[str, Any] = {}
 
-    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
-        self.kwargs = kwargs
-        return hidden
+        def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+            self.kwargs = kwargs
+            return hidden
+
+    return Notes()
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,7 @@ class States:
             yield slice(start, start + step)
 
 
-@torch.no_grad()
+@no_grad
 def embed(net: Network, ids: Tensor) -> States:
     """Token ids (n, T) -> the hidden states before the first block.
 
@@ -161,7 +167,7 @@ def embed(net: Network, ids: Tensor) -> States:
     """
     base = net.base
     blocks, norm, rotary = base.layers, base.norm, base.rotary_emb
-    notes = [_Notes() for _ in blocks]
+    notes = [_taking_notes() for _ in blocks]
     try:
         base.layers, base.norm = nn.ModuleList(notes), nn.Identity()
         base.rotary_emb = type(rotary)(config=base.config).to(net.device)
@@ -178,7 +184,7 @@ def embed(net: Network, ids: Tensor) -> States:
         base.embed_tokens.to("meta")
 
 
-@torch.no_grad()
+@no_grad
 def run(states: States, layer: int, block: nn.Module, device: torch.device) -> None:
     """All sequences through one block, in place."""
     for part in states.batches():
@@ -242,7 +248,7 @@ def readers(model: Model) -> dict[str, str]:
     return first
 
 
-@torch.no_grad()
+@no_grad
 def final_states(net: Network, ids: Tensor, positions: slice) -> Iterator[int | Tensor]:
     """The normed hidden states at `positions` of every sequence, (n, p, hidden) on the CPU.
 
@@ -269,7 +275,7 @@ def last(steps: Iterable[Any]) -> Any:
     return value
 
 
-@torch.no_grad()
+@no_grad
 def generate(net: Network, start: Tensor, length: int, seed: int, temperature: float = 1.0) -> Tensor:
     """Sample sequences (n, length) that continue `start` (n, s), with the whole model on the device, seeded."""
     from transformers import GenerationConfig

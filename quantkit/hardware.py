@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from dataclasses import dataclass
-
-import torch
+from pathlib import Path
 
 from quantkit.errors import UsageError
+from quantkit.later import torch
 
 GIB = 2**30
 NVIDIA, GEFORCE = "https://www.nvidia.com/en-us/", "https://www.nvidia.com/en-us/geforce/graphics-cards/"
@@ -106,6 +107,11 @@ def this_machine() -> Machine:
     card = find_card(properties[0].name)
     vram = sum(p.total_memory for p in properties)
     return Machine(vram, ram_bytes(), (card,) if card else (), ram_bandwidth())
+
+
+def may_have_card() -> bool:
+    """False where Linux shows the driver of no card; elsewhere it is torch that knows."""
+    return sys.platform != "linux" or any(Path("/dev", name).exists() for name in ("nvidiactl", "kfd", "dxg"))
 
 
 def ram_bytes() -> int:

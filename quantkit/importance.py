@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from quantkit.files.imatrix import Imatrix
 from quantkit.forward import Network, embed, readers, run, watching
+from quantkit.later import Tensor, no_grad
 from quantkit.model import Model
 from quantkit.stats import Stats
 
@@ -26,12 +26,12 @@ def imatrix_of(model: Model, sums: Mapping[tuple[int, str], tuple[Tensor, int]],
     for ref in model.tensors.values():
         if ref.placed.reads and ref.placed.layer is not None:
             parts.setdefault(ref.placed.gguf, []).append(sums[ref.placed.layer, ref.placed.reads])
-    totals = {name: torch.stack([total for total, _ in each]) for name, each in parts.items()}
-    counts = {name: torch.tensor([count for _, count in each]) for name, each in parts.items()}
+    totals = {name: np.stack([total.numpy() for total, _ in each]) for name, each in parts.items()}
+    counts = {name: np.array([count for _, count in each]) for name, each in parts.items()}
     return Imatrix(totals, counts, (text,), *rows.shape)
 
 
-@torch.no_grad()
+@no_grad
 def measure(net: Network, ids: Tensor, text: str) -> Iterator[int | Imatrix]:
     """Run token `ids` (n, seqlen) of `text` through the model: yields each block's number, then the `Imatrix`."""
     states = embed(net, ids)

@@ -17,10 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from quantkit.errors import BadInput, QuantkitError, UsageError
+from quantkit.later import Tensor, torch
 
 DEFAULT_COUNTS = (512, 2048, 512)  # n_ctx, n_batch, n_ubatch: where these stand, the struct is the one we know
 

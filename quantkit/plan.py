@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
-
 from quantkit.errors import UsageError
 from quantkit.evaluate import HEAD_LOGITS
 from quantkit.forward import BATCH_TOKENS
+from quantkit.later import Device, on_cpu, torch
 from quantkit.model import Model
 from quantkit.prefix import KEPT_BYTES
 from quantkit.recipe import Recipe, target_bytes
@@ -85,7 +84,7 @@ class Plan:
         }
 
 
-def make_plan(model: Model, recipe: Recipe, device: torch.device, rows: int | None = None) -> Plan:
+def make_plan(model: Model, recipe: Recipe, device: Device, rows: int | None = None) -> Plan:
     """Plan every target of `recipe`; `rows` is what the calibration text really gives, where that is known.
 
     Raises UsageError for a target that is unknown, that a shape of the model does not fit, or that needs a calibration
@@ -101,7 +100,7 @@ def make_plan(model: Model, recipe: Recipe, device: torch.device, rows: int | No
     calibrated = any(o.calibrated for o in outputs)
     states = _state_bytes(model, recipe) + _prefix_bytes(model, recipe, sum(o.behind for o in outputs))
     states += _block_bytes(model) if calibrated else 0  # the next one, read ahead
-    on_gpu = device.type == "cuda"
+    on_gpu = not on_cpu(device)
     return Plan(
         outputs,
         peak_ram=BASE_BYTES + states + (_largest(model) if on_gpu else working),
@@ -111,13 +110,13 @@ def make_plan(model: Model, recipe: Recipe, device: torch.device, rows: int | No
     )
 
 
-def _batch(model: Model, recipe: Recipe, device: torch.device, outputs: tuple[Output, ...]) -> tuple[int, int]:
+def _batch(model: Model, recipe: Recipe, device: Device, outputs: tuple[Output, ...]) -> tuple[int, int]:
     """Tokens through a block at once, and the bytes on the device that go with them: halved until `--vram` holds them.
 
     UsageError where it does not hold a single calibration row, or where the work is not done on a device.
     """
     limit = target_bytes(recipe.vram) if recipe.vram else None
-    if limit and device.type == "cpu":
+    if limit and on_cpu(device):
         raise UsageError("limits a CUDA device, and this runs on the CPU", where="--vram", hint="leave it out")
     calibrated, below = any(o.calibrated for o in outputs), any(o.behind for o in outputs)
     batch, least = BATCH_TOKENS, max(recipe.seqlen, recipe.ctx if recipe.eval_text else 0)
@@ -179,7 +178,7 @@ _PRODUCTS = {"gptq": 4, "awq": 24, "gguf": 4}
 _READ_BYTES_PER_SECOND = 400e6  # of float32 weights decoded, hashed and compared, measured on two CPU cores
 
 
-def _seconds(model: Model, recipe: Recipe, outputs: tuple[Output, ...], device: torch.device) -> dict[str, float]:
+def _seconds(model: Model, recipe: Recipe, outputs: tuple[Output, ...], device: Device) -> dict[str, float]:
     params = sum(prod(r.shape) for r in linear(model).values())
     calibrated = any(o.calibrated for o in outputs)
     speed = _flops_per_second(device) * EFFICIENCY if calibrated or recipe.eval_text else 1.0
@@ -200,7 +199,7 @@ def _seconds(model: Model, recipe: Recipe, outputs: tuple[Output, ...], device: 
     return stages
 
 
-def _flops_per_second(device: torch.device) -> float:
+def _flops_per_second(device: Device) -> float:
     a = torch.randn(1024, 1024, device=device)
     a @ a
     start = time.perf_counter()

@@ -18,11 +18,8 @@ from functools import partial
 from itertools import chain, takewhile
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-
 from quantkit.forward import Network, States, readers
+from quantkit.later import Tensor, nn, no_grad, torch
 from quantkit.stats import Stats
 
 KEPT_BYTES = 2 << 30  # for each of the two, in CPU memory; what goes beyond it is computed again
@@ -98,7 +95,7 @@ class Inputs(Mapping[str, Stats]):
     def __len__(self) -> int:
         return len(readers(self.net.model))
 
-    @torch.no_grad()
+    @no_grad
     def advance(self) -> None:
         """Move the output's rows behind the block as it was solved."""
         parameters = self._parameters(self.solved)
@@ -106,7 +103,7 @@ class Inputs(Mapping[str, Stats]):
             out = self._run(parameters, self.behind, part, self._final(None))
             self.behind.hidden[part] = out.to(self.behind.hidden.device)
 
-    @torch.no_grad()
+    @no_grad
     def _measured(self, path: str) -> Stats:
         ours, theirs = self._parameters(self.solved), self._parameters({})
         stats: Stats | None = None
@@ -151,7 +148,7 @@ class Inputs(Mapping[str, Stats]):
         with ExitStack() as stack:
             for name in over:
                 stack.enter_context(self._keeping(block.get_submodule(name), (id(states), name, part.start)))
-            out = functional_call(block, dict(parameters), (hidden,), dict(states.kwargs[self.layer]))
+            out = torch.func.functional_call(block, dict(parameters), (hidden,), dict(states.kwargs[self.layer]))
         return out[0] if isinstance(out, tuple) else out
 
     @contextmanager

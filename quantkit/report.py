@@ -16,12 +16,11 @@ from math import prod
 from threading import Thread
 from typing import Any
 
-from torch import Tensor
-
 from quantkit.cache import fingerprint
 from quantkit.convert import TensorDone, VariantDone
 from quantkit.corpus import Text
 from quantkit.evaluate import Score
+from quantkit.later import Tensor
 from quantkit.model import Model
 from quantkit.recipe import Recipe
 from quantkit.targets import Row

@@ -8,12 +8,9 @@ What was measured at every position of a model is kept likewise, so nothing that
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from quantkit import cache, llamacpp
 from quantkit.arch.tokenizer import Tokenizer
@@ -33,9 +30,10 @@ from quantkit.evaluate import (
 )
 from quantkit.files.logprobs import LogProbs
 from quantkit.forward import network
+from quantkit.later import Tensor, torch
 from quantkit.model import Model
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # torch's names
 COMPUTED_BY = ("gguf-quantkit", "torch", "transformers")  # another version of these scores anew
 
 
@@ -61,14 +59,14 @@ class Setting:
     """How models are run: where, and in which type."""
 
     device: torch.device
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = field(default_factory=lambda: torch.float32)
 
     @classmethod
     def of(cls, device: torch.device, dtype: str) -> Setting:
         """With a type by its name; UsageError for a name that is none."""
         if dtype not in DTYPES:
             raise UsageError(f"unknown type {dtype!r}", where="--dtype", hint=f"known: {', '.join(DTYPES)}")
-        return cls(device, DTYPES[dtype])
+        return cls(device, getattr(torch, DTYPES[dtype]))
 
 
 Step = Callable[[str, int, int], None]  # a stage, steps done, steps in all

@@ -3,36 +3,42 @@
 What was handed to the writer is hashed, and hashed again as it lies on the disk where the reopened file says it lies:
 every byte of every tensor, which finds one that is damaged, cut off or in another's place. Its type must be the planned
 one. That a block's bytes stand for what libggml says is a fact about block types, which the tests prove for all kinds
-of blocks; here the torch decoder, which has no part in writing, is held against libggml on rows from all over each
+of blocks; here gguf-py's decoder, which has no part in writing, is held against libggml on rows from all over each
 tensor.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from xxhash import xxh3_128
 
-from quantkit.codecs import decode, decode_torch, lookup
+from quantkit.codecs import Bytes, Codec, Floats, decode_torch, in_bytes, lookup, native
+from quantkit.codecs.sharing import thread_count
 from quantkit.errors import QuantkitError, VerifyError
 from quantkit.files.gguf import GGUF
-from quantkit.files.safetensors import open_folder
+from quantkit.files.raw import raw_bytes
+from quantkit.files.safetensors import TYPES, open_folder
+from quantkit.later import torch
 from quantkit.targets import Output, Row
 from quantkit.verify import check_size, reopened
 
 SAMPLE = 1 << 13  # weights of a tensor that both decoders are given, in whole rows
 
 
-def seal(parts: Iterable[Tensor]) -> str:
-    """A hash of tensors' bytes, SHA-256 because processors have it built in."""
-    hashed = hashlib.sha256()
+def seal(parts: Iterable[Any]) -> str:
+    """A hash of the bytes of tensors or arrays; of 128 bits against chance, not against malice, at the speed of RAM."""
+    hashed = xxh3_128()
     for part in parts:
-        hashed.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        hashed.update(raw_bytes(part))
     return hashed.hexdigest()
 
 
@@ -41,7 +47,7 @@ class _Written:
     """A finished output as it lies on the disk: type and shape of every tensor, and a way to read what is stored."""
 
     kinds: Mapping[str, tuple[str, tuple[int, ...]]]
-    read: Callable[[str], Tensor]
+    read: Callable[[str], Bytes]
     gguf: GGUF | None = None
 
 
@@ -64,7 +70,7 @@ def check_seals(output: Output, path: Path, seals: Mapping[str, str]) -> Iterato
             return f"two decoders read the tensor {row.name} differently"
         return None
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(thread_count()) as pool:
         for row, fault in zip(output.rows, pool.map(check, output.rows), strict=True):
             if fault:
                 raise VerifyError(fault, where=output.path)
@@ -74,7 +80,7 @@ def check_seals(output: Output, path: Path, seals: Mapping[str, str]) -> Iterato
 def _gguf(output: Output, path: Path) -> _Written:
     gguf = reopened(output, path).gguf
     assert gguf is not None
-    return _Written({name: (t.type, t.shape) for name, t in gguf.tensors.items()}, gguf.raw, gguf)
+    return _Written({name: (t.type, t.shape) for name, t in gguf.tensors.items()}, gguf.stored, gguf)
 
 
 def _folder(output: Output, path: Path) -> _Written:
@@ -86,13 +92,25 @@ def _folder(output: Output, path: Path) -> _Written:
         folder = open_folder(path)
     except QuantkitError as e:
         raise VerifyError(f"does not open again ({e})", where=output.path) from e
-    kinds = {name: (str(e.dtype).removeprefix("torch."), e.shape) for name, e in folder.entries.items()}
-    return _Written(kinds, folder.read)
+    return _Written({name: (TYPES[e.type][0], e.shape) for name, e in folder.entries.items()}, folder.stored)
 
 
 def _both_decoders_agree(gguf: GGUF, name: str) -> bool:
     info = gguf.tensors[name]
     codec, width = lookup(info.type), info.shape[-1]
-    rows = gguf.raw(name).view(-1, codec.row_bytes(width))
-    some = rows[torch.linspace(0, len(rows) - 1, min(len(rows), -(-SAMPLE // width))).long()]
-    return torch.equal(decode(info.type, some, (len(some), width)), decode_torch(codec, some).view(len(some), width))
+    rows = gguf.stored(name).reshape(prod(info.shape) // width, -1)
+    some = rows[np.linspace(0, len(rows) - 1, min(len(rows), -(-SAMPLE // width))).astype(int)]
+    ours = in_bytes(info.type, some)(slice(None), np.empty((len(some), width), np.float32)) if native("cpu") else None
+    return np.array_equal(_other(codec, some), _by_torch(codec, some) if ours is None else ours)
+
+
+def _other(codec: Codec, rows: Bytes) -> Floats:
+    """Rows as a decoder that is not libggml reads them."""
+    try:
+        return dequantize(rows, GGMLQuantizationType[codec.name])
+    except NotImplementedError:  # gguf-py reads Q1_0 no more than llama.cpp writes it
+        return _by_torch(codec, rows)
+
+
+def _by_torch(codec: Codec, rows: Bytes) -> Floats:
+    return decode_torch(codec, torch.from_numpy(rows)).view(len(rows), -1).numpy()

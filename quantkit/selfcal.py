@@ -11,13 +11,11 @@ import json
 import os
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from quantkit.corpus import Text
 from quantkit.errors import UsageError
 from quantkit.files.atomic import staged
 from quantkit.forward import generate, network
+from quantkit.later import Tensor, torch
 from quantkit.model import Model
 
 

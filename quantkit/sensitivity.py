@@ -16,11 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from quantkit.errors import Unsupported
 from quantkit.forward import Network, States, embed, readers, run
+from quantkit.later import Tensor, nn, torch
 from quantkit.stats import Stats, errors
 
 HEAD_LOGITS = 1 << 24  # logits at once, 64 MiB

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from quantkit.later import Tensor, torch
 
 GRAM_BLOCK = 512  # columns, about: small beside the widths of models, large enough for full matmul speed
 

@@ -10,11 +10,9 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from quantkit.codecs import decode_torch, lookup
 from quantkit.errors import QuantkitError, VerifyError
+from quantkit.later import Tensor, torch
 from quantkit.model import Model, open_model
 from quantkit.targets import Output, Row
 

@@ -7,12 +7,20 @@ import platform
 import pytest
 import torch
 
-from quantkit.codecs import decode, encode
+from quantkit.codecs import Codec, decode, encode, ggml
 
 SAME_ARITHMETIC = pytest.mark.skipif(
     platform.machine().lower() not in {"x86_64", "amd64"},
     reason="here compilers fuse multiplication and addition, so libggml's last bits are its own",
 )
+
+
+def ggml_decode(codec: Codec, raw: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(ggml.decode(codec, raw.numpy()))
+
+
+def ggml_encode(codec: Codec, weight: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
+    return torch.from_numpy(ggml.encode(codec, weight.numpy(), None if importance is None else importance.numpy()))
 
 
 def rows(width: int, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.codecs import CODECS, Codec, decode, encode, ggml, lookup, sharing
+from quantkit.codecs import CODECS, Codec, decode, encode, lookup, sharing
 from quantkit.codecs.search import descend, root, search_affine, search_positive, search_symmetric, total
 
 IN_TORCH = [name for name, codec in CODECS.items() if codec.encode and codec.block > 1]
@@ -41,7 +41,7 @@ def test_torch_encodes_as_libggml_does(name, kind):
     importance = None if kind == "none" else codec_rows.importance(width, kind)
     kinds = codec_rows.rows(width)
     x = torch.cat(list(kinds.values()))
-    same = (by_torch(codec, x, importance) == ggml.encode(codec, x, importance)).all(1)
+    same = (by_torch(codec, x, importance) == codec_rows.ggml_encode(codec, x, importance)).all(1)
     owners = [key for key, rows in kinds.items() for _ in rows]
     assert same.all(), {owners[row] for row in (~same).nonzero()[:, 0].tolist()}
 
@@ -62,7 +62,7 @@ def test_torch_encodes_any_rows_as_libggml_does(name, seed, power, exponent, col
     x = torch.randn(3, width, generator=g).pow(power) * torch.rand(width, generator=g).pow(column_power)
     x *= 10.0**exponent / x.abs().max()
     importance = None if weighted is None else torch.randn(width, generator=g).abs().pow(weighted)
-    assert torch.equal(by_torch(codec, x, importance), ggml.encode(codec, x, importance))
+    assert torch.equal(by_torch(codec, x, importance), codec_rows.ggml_encode(codec, x, importance))
 
 
 @codec_rows.SAME_ARITHMETIC
@@ -82,7 +82,7 @@ def test_a_scale_below_zero_wraps_around_as_in_ggml():
 
     for name in ("Q2_K", "Q4_K", "Q5_K"):
         codec = lookup(name)
-        assert torch.equal(by_torch(codec, x, importance), ggml.encode(codec, x, importance))
+        assert torch.equal(by_torch(codec, x, importance), codec_rows.ggml_encode(codec, x, importance))
 
 
 def test_more_bits_and_importance_lower_the_error():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as T
@@ -31,8 +32,8 @@ def made(tmp_path_factory) -> Path:
     source = write_toy(folder / "Toy.F16.gguf", toy_model(), T.F16)
     generator, tensors = torch.Generator().manual_seed(7), read_gguf(source).tensors
     widths = {n: t.shape[1] for n, t in tensors.items() if n.startswith("blk.") and len(t.shape) == 2}
-    sums = {n: torch.rand(1, width, generator=generator) for n, width in widths.items()}
-    write_imatrix(folder / "imatrix.gguf", Imatrix(sums, {n: torch.tensor([64]) for n in sums}, ("random",), 1, 64))
+    sums = {n: torch.rand(1, width, generator=generator).numpy() for n, width in widths.items()}
+    write_imatrix(folder / "imatrix.gguf", Imatrix(sums, {n: np.array([64]) for n in sums}, ("random",), 1, 64))
     common = ["--imatrix", folder / "imatrix.gguf", "--no-eval", "--device", "cpu"]
     places = [f"blk.{layer}.ffn_{name}" for layer in range(3) for name in ("up", "gate")]
     rare = [f"--tensor-type={place}={kind}" for place, kind in zip(places, RARE, strict=True)]

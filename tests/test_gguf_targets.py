@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as T
@@ -18,7 +21,7 @@ from quantkit.codecs import decode, encode
 from quantkit.files.gguf import read_gguf
 from quantkit.files.imatrix import Imatrix, read_imatrix, write_imatrix
 from quantkit.model import in_rows
-from quantkit.targets.gguf import encode_rows
+from quantkit.targets.gguf_tensors import encode_rows
 from quantkit.targets.target import Choices
 
 
@@ -32,9 +35,9 @@ def imatrix(source, tmp_path_factory) -> Path:
     """Made of random numbers: each matrix of the blocks has columns of very unlike importance."""
     generator = torch.Generator().manual_seed(7)
     widths = {n: t.shape[-1] for n, t in read_gguf(source).tensors.items() if n.startswith("blk.") and len(t.shape) > 1}
-    sums = {n: torch.rand(1, w, generator=generator) ** 8 * 1000 for n, w in widths.items()}
+    sums = {n: (torch.rand(1, w, generator=generator) ** 8 * 1000).numpy() for n, w in widths.items()}
     path = tmp_path_factory.mktemp("imatrix") / "given.gguf"
-    write_imatrix(path, Imatrix(sums, {n: torch.tensor([640]) for n in sums}, ("words.txt",), 5, 128))
+    write_imatrix(path, Imatrix(sums, {n: np.array([640]) for n in sums}, ("words.txt",), 5, 128))
     return path
 
 
@@ -88,7 +91,7 @@ def test_a_given_importance_matrix_weighs_the_columns(source, imatrix, tmp_path)
     given, compared = read_imatrix(imatrix), 0
     for t in reader.tensors:
         if t.tensor_type not in (T.F32, T.F16):
-            columns = given.importance(t.name).numpy() if t.name in given.sums else None
+            columns = given.importance(t.name) if t.name in given.sums else None
             assert bytes(t.data) == ggml_bytes(t.tensor_type, weights[t.name], columns), t.name
             compared += 1
     assert compared == 23
@@ -157,7 +160,7 @@ def test_another_models_importance_matrix_is_refused(source, imatrix, tmp_path):
     strangers = {f"blk.9{n}": s for n, s in given.sums.items()}
     for sums, says in ((halves, "values where the tensor has"), (strangers, "no entry for any tensor")):
         path = tmp_path / "other.gguf"
-        write_imatrix(path, Imatrix(sums, {n: torch.tensor([9]) for n in sums}, (), 1, 128))
+        write_imatrix(path, Imatrix(sums, {n: np.array([9]) for n in sums}, (), 1, 128))
         code, _, stderr = quantkit("convert", source, "-o", tmp_path / "x", "--to", "Q4_K_M", "--imatrix", path)
         assert code == 65 and says in stderr and not (tmp_path / "x").exists()
 
@@ -228,8 +231,8 @@ def test_a_gguf_that_does_not_read_back_gets_no_name(monkeypatch, source, tmp_pa
 
     def turned(write):
         def broken(self, name, raw):
-            raw = raw.clone()
-            raw.view(torch.uint8).view(-1)[-1] ^= 1
+            raw = raw.copy()
+            raw[-1] ^= 1
             write(self, name, raw)
 
         return broken
@@ -242,3 +245,23 @@ def test_a_gguf_that_does_not_read_back_gets_no_name(monkeypatch, source, tmp_pa
     assert "2 of 2 outputs failed: Toy-Q4_0.gguf: the tensor" in stderr
     assert "does not read back as it was written" in stderr
     assert not (tmp_path / "out").exists()
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None  # to import it is an error from here on
+from quantkit.cli import main
+main()
+"""
+
+
+def test_a_gguf_becomes_another_and_plain_floats_without_torch(source, imatrix, tmp_path):
+    """What comes of it is what comes of a process that has torch."""
+    targets = ["--to", "Q4_K_M", "--to", "fp16", "--imatrix", imatrix, "--no-eval", "--device", "cpu"]
+    command = [sys.executable, "-c", WITHOUT_TORCH, "convert", source, "-o", tmp_path / "alone", *targets]
+    run = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    code, _, stderr = quantkit("convert", source, "-o", tmp_path / "beside", *targets)
+    assert code == 0, stderr
+    for name in ("Toy-Q4_K_M.gguf", "fp16/model.safetensors", "fp16/config.json", "fp16/tokenizer.json"):
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "beside" / name).read_bytes(), name

@@ -9,9 +9,10 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "quantkit"
 
-# What each part may import of the others, besides itself. `errors` is open to all.
+# What each part may import of the others, besides itself. `errors` and `later` are open to all.
 ALLOWED = {
     "errors": set(),
+    "later": set(),
     "resources": set(),
     "codecs": set(),
     "stats": set(),
@@ -22,7 +23,7 @@ ALLOWED = {
     "overlap": {"corpus"},
     "solvers": {"codecs", "stats"},
     "model": {"arch", "chat", "codecs", "files"},
-    "forward": {"model", "stats", "corpus"},
+    "forward": {"model", "stats", "corpus", "hardware"},
     "evaluate": {"forward"},
     "cache": {"files", "model"},
     "llamacpp": set(),
@@ -70,7 +71,17 @@ def test_arrows_point_one_way(path):
     own = path.relative_to(PACKAGE).with_suffix("").parts[0]
     if own in ("cli", "__init__", "__main__"):  # the top: they may import everything
         return
-    assert imports(path) <= ALLOWED[own] | {own, "errors"}
+    assert imports(path) <= ALLOWED[own] | {own, "errors", "later"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_what_is_slow_to_import_waits_until_it_is_used(path):
+    if path.name == "later.py":  # where torch comes from
+        return
+    nodes = ast.parse(path.read_text()).body
+    named = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    named |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
+    assert not {name.split(".")[0] for name in named} & {"torch", "transformers", "matplotlib"}
 
 
 def test_only_the_command_line_prints():

@@ -116,14 +116,14 @@ def test_two_decoders_that_differ_are_told(sound, output, tmp_path, monkeypatch)
     source = read_gguf(sound)
     written = gguf_of(output, source, tmp_path / "written.gguf")
     seals = {row.source: seal([source.raw(row.name)]) for row in output.rows}
-    decode = module.decode_torch
+    decode = module.dequantize
 
-    def wrong(codec, raw):
-        values = decode(codec, raw).clone()
+    def wrong(raw, kind):
+        values = decode(raw, kind).copy()
         values[-1, -1] += 1
         return values
 
-    monkeypatch.setattr(module, "decode_torch", wrong)
+    monkeypatch.setattr(module, "dequantize", wrong)
     with pytest.raises(VerifyError, match=re.escape("two decoders read the tensor")):
         list(check_seals(output, written, seals))
     assert gguf.GGUFReader(written).tensors

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
@@ -55,9 +56,9 @@ def matrices(path: Path, text: Path, program: Path) -> tuple[Imatrix, Imatrix]:
 
 def compare(name: str, ours: Imatrix, theirs: Imatrix) -> None:
     assert ours.sums.keys() == theirs.sums.keys() and ours.chunks == theirs.chunks
-    off = max(int((ours.counts[n] - theirs.counts[n]).abs().max()) for n in ours.counts)
+    off = max(int(np.abs(ours.counts[n] - theirs.counts[n]).max()) for n in ours.counts)
     far = max(
-        float((o - t).norm() / t.norm())
+        float(np.linalg.norm(o - t) / np.linalg.norm(t))
         for n in ours.sums
         for o, t in zip(ours.importance(n), theirs.importance(n), strict=True)
     )

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from llama_oracle import Oracle
 
 from quantkit.corpus import evaluation_chunks, load_text
-from quantkit.evaluate import Predictions, mean_perplexity, predict, score
-from quantkit.forward import network
+from quantkit.evaluate import mean_perplexity, predict, score
+from quantkit.forward import last, network
 from quantkit.model import open_model
 
 
@@ -46,25 +46,33 @@ def main() -> None:
     oracle = Oracle(options.gguf)
     if oracle.tokenize(text) != ids:
         raise SystemExit("llama.cpp cuts this text into other tokens")
-    losses = []
-    for row in rows:
-        logits = torch.from_numpy(oracle.logits(row.tolist()).astype(np.float64))
-        scored, targets = logits[options.ctx // 2 : options.ctx - 1], row[options.ctx // 2 + 1 :]
-        losses.append(-torch.log_softmax(scored, -1).gather(1, targets[:, None])[:, 0])
     oracle.close()
-    theirs, stderr = mean_perplexity(torch.cat(losses))
-
-    predictions = [step for step in predict(network(model, torch.device("cpu")), rows) if isinstance(step, Predictions)]
-    ours = score(predictions[0], rows)
+    (theirs, stderr), (ours, own) = llama_cpp(options.gguf, rows), quantkit(options.gguf, rows)
     record = {
         "file": options.gguf.name,
         "tokens": len(ids),
         "chunks": len(rows),
         "llama_cpp": {"perplexity": theirs, "stderr": stderr, "version": f"xllamacpp {version('xllamacpp')}"},
-        "quantkit": {"perplexity": ours.perplexity, "stderr": ours.stderr},
-        "ratio": theirs / ours.perplexity,
+        "quantkit": {"perplexity": ours, "stderr": own},
+        "ratio": theirs / ours,
     }
     sys.stdout.write(json.dumps(record, indent=2) + "\n")
+
+
+def llama_cpp(gguf: Path, rows: torch.Tensor) -> tuple[float, float]:
+    """llama.cpp's perplexity of a file on chunks (n, ctx) of at most 512 tokens, and its standard error."""
+    oracle, losses, half = Oracle(gguf), [], rows.shape[1] // 2
+    for row in rows:
+        logits = torch.from_numpy(oracle.logits(row.tolist()).astype(np.float64))[half:-1]
+        losses.append(-torch.log_softmax(logits, -1).gather(1, row[half + 1 :, None])[:, 0])
+    oracle.close()
+    return mean_perplexity(torch.cat(losses))
+
+
+def quantkit(gguf: Path, rows: torch.Tensor) -> tuple[float, float]:
+    """quantkit's."""
+    found = score(last(predict(network(open_model(gguf), torch.device("cpu")), rows)), rows)
+    return found.perplexity, found.stderr
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from quantkit.errors import BadInput, FormatError, Unsupported
+
+Array = NDArray[Any]
 
 FREQS = "rope_freqs.weight"
 PREFIX = "rope.scaling."
@@ -38,7 +40,7 @@ INERT = {"yarn_ext_factor": (None, 1.0), "yarn_attn_factor": (None, 1.0), "attn_
 
 
 def scaling_from_gguf(
-    get: Callable[[str], Any], freqs: Tensor | None, config: Mapping[str, Any], known: tuple[str, ...]
+    get: Callable[[str], Any], freqs: Array | None, config: Mapping[str, Any], known: tuple[str, ...]
 ) -> dict[str, Any] | None:
     """HF's `rope_scaling`, or None. `get` knows the keys without the architecture's name; `freqs` is the tensor."""
     for key, inert in INERT.items():
@@ -86,7 +88,7 @@ def scaling_to_gguf(config: Mapping[str, Any], known: tuple[str, ...]) -> dict[s
     return keys
 
 
-def llama3_freqs(config: Mapping[str, Any]) -> Tensor | None:
+def llama3_freqs(config: Mapping[str, Any]) -> Array | None:
     """`rope_freqs.weight` of a model whose `rope_scaling` is llama3's; the inverse of `llama3_of`."""
     s = config.get("rope_scaling") or {}
     if s.get("rope_type", s.get("type")) != "llama3":
@@ -95,18 +97,18 @@ def llama3_freqs(config: Mapping[str, Any]) -> Tensor | None:
     waves = _wavelengths(config)
     smooth = (length / waves - low) / (high - low)
     between = 1 / ((1 - smooth) / s["factor"] + smooth)
-    out = torch.where(waves < length / high, 1.0, torch.where(waves > length / low, float(s["factor"]), between))
-    return out.float()
+    out = np.where(waves < length / high, 1.0, np.where(waves > length / low, float(s["factor"]), between))
+    return out.astype(np.float32)
 
 
-def llama3_of(freqs: Tensor, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def llama3_of(freqs: Array, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """HF's four numbers from the divisors of the frequencies, as short as they give those divisors back.
 
     Between its ends a divisor is 1 / ((1-s)/factor + s), with s linear in the frequency: slope and intercept are
     length/(high-low) and -low/(high-low). Only two of the three follow, since a common factor cancels; every published
     model has low = 1, and so has the result.
     """
-    f = freqs.double()
+    f = freqs.astype(np.float64)
     factor = float(f.max())
     if factor == 1.0:
         return None
@@ -116,8 +118,7 @@ def llama3_of(freqs: Tensor, config: Mapping[str, Any]) -> dict[str, Any] | None
     between = (f > 1 + 1e-5) & (f < factor * (1 - 1e-5))
     x, s = 1 / waves[between], (1 / f[between] - 1 / factor) / (1 - 1 / factor)
     if len(x) >= 2:
-        line = torch.linalg.lstsq(torch.stack([x, torch.ones_like(x)], 1), s[:, None]).solution
-        slope, intercept = line[:, 0].tolist()
+        slope, intercept = np.linalg.lstsq(np.stack([x, np.ones_like(x)], 1), s)[0].tolist()
         high = 1 - 1 / intercept
         for digits in range(7):
             scaling = {
@@ -129,12 +130,12 @@ def llama3_of(freqs: Tensor, config: Mapping[str, Any]) -> dict[str, Any] | None
             }
             if scaling["factor"] > 1 and scaling["high_freq_factor"] > 1:
                 again = llama3_freqs({**config, "rope_scaling": scaling})
-                if again is not None and bool(((again - f).abs() <= TOLERANCE * f).all()):
+                if again is not None and bool((np.abs(again - f) <= TOLERANCE * f).all()):
                     return scaling
     raise Unsupported("these are not the divisors of llama3's scaling", where=FREQS, hint="known: llama3")
 
 
-def _wavelengths(config: Mapping[str, Any]) -> Tensor:
+def _wavelengths(config: Mapping[str, Any]) -> Array:
     """Tokens in a turn of each rotary pair, float64."""
-    exponents = torch.arange(0, config["head_dim"], 2, dtype=torch.float64) / config["head_dim"]
+    exponents = np.arange(0, config["head_dim"], 2, dtype=np.float64) / config["head_dim"]
     return 2 * math.pi * float(config["rope_theta"]) ** exponents

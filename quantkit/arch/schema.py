@@ -10,46 +10,47 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from quantkit.arch import rope
 from quantkit.errors import BadInput, FormatError, Unsupported
+from quantkit.later import Tensor, torch
 
 Config = Mapping[str, Any]  # the contents of an HF config.json
 Get = Callable[[str], Any]  # a GGUF key -> its plain value, or None
+A = TypeVar("A", bound=Any)  # a tensor or an array
 
 
 @dataclass(frozen=True)
 class Rope:
     """Row order of rotary heads: HF keeps each head as two halves, GGUF's `llama` interleaves the pair.
 
-    Source: llama.cpp `conversion/llama.py`, `permute`. Works on weights (rows, width) and on biases (rows,).
+    Source: llama.cpp `conversion/llama.py`, `permute`. Works on weights (rows, width), on their bytes, on biases
+    (rows,); on tensors and on arrays.
     """
 
     heads: str  # the config key that counts the heads
 
-    def to_gguf(self, w: Tensor, config: Config) -> Tensor:
+    def to_gguf(self, w: A, config: Config) -> A:
         """Halves -> interleaved pairs."""
-        return w.reshape(config[self.heads], 2, -1, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
+        return w.reshape(config[self.heads], 2, -1, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
-    def to_hf(self, w: Tensor, config: Config) -> Tensor:
+    def to_hf(self, w: A, config: Config) -> A:
         """Interleaved pairs -> halves; the inverse of `to_gguf`."""
-        return w.reshape(config[self.heads], -1, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
+        return w.reshape(config[self.heads], -1, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
 @dataclass(frozen=True)
 class PlusOne:
     """A norm whose HF module multiplies by 1 + w; a GGUF stores the sum (llama.cpp `conversion/gemma.py`)."""
 
-    def to_gguf(self, w: Tensor, config: Config) -> Tensor:
+    def to_gguf(self, w: A, config: Config) -> A:
         """w -> 1 + w, what the activation is multiplied by."""
         return w + 1
 
-    def to_hf(self, w: Tensor, config: Config) -> Tensor:
+    def to_hf(self, w: A, config: Config) -> A:
         """1 + w -> w; the inverse of `to_gguf`."""
         return w - 1
 
@@ -130,7 +131,7 @@ class Architecture:
         if w.bias is True or (w.bias and config.get(w.bias)):
             yield Placed(f"{gguf}{w.gguf}.bias", f"{hf}{w.hf}.bias", shape[:1], w, layer)
 
-    def computed(self, config: Config) -> dict[str, Tensor]:
+    def computed(self, config: Config) -> dict[str, rope.Array]:
         """The tensors that only a GGUF has, computed from the configuration."""
         freqs = rope.llama3_freqs(config)
         return {} if freqs is None else {rope.FREQS: freqs}
@@ -164,7 +165,7 @@ class Architecture:
         return told and all(get(f"{self.gguf}.{name}") in covered for name, covered in self.only)
 
     def config_from_gguf(
-        self, get: Get, tensors: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]
+        self, get: Get, tensors: Mapping[str, tuple[int, ...]], read: Callable[[str], rope.Array]
     ) -> dict[str, Any]:
         """GGUF keys, tensor shapes (rows first) and a way to read a tensor -> HF config.json."""
         for name, covered in self.only:

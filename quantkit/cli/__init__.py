@@ -8,11 +8,11 @@ import signal
 import sys
 import warnings
 
-import torch
 import typer
 
 from quantkit.cli import advise, compare, convert, imatrix, inspect, perplexity
 from quantkit.errors import QuantkitError, Resumable
+from quantkit.later import torch
 
 app = typer.Typer(
     name="quantkit",

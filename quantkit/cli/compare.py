@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich import box
 from rich.table import Table
-from torch import Tensor
 
 from quantkit.cli.perplexity import TEXTS
 from quantkit.cli.show import bars, err, out
@@ -19,6 +17,7 @@ from quantkit.corpus import Text
 from quantkit.errors import UsageError
 from quantkit.evaluate import Score
 from quantkit.forward import device_of
+from quantkit.later import Device, Tensor, torch
 from quantkit.model import Model, open_model
 from quantkit.page import write_page
 from quantkit.plots import write_plots
@@ -86,13 +85,13 @@ def illustrate_conversion(
     scores: dict[str, Score],
     text: Text | None,
     chunks: Tensor | None,
-    device: torch.device,
+    device: Device,
 ) -> list[Path]:
     """The page and the pictures of a conversion that was scored; what was measured is kept for `compare`."""
     if text is None or chunks is None or not scores:
         return []
     words = Passages((text,), (len(chunks),), chunks)
-    ladder = Ladder(words, source, Setting(device), lambda *_: None)
+    ladder = Ladder(words, source, Setting(torch.device(device)), lambda *_: None)
     found = []
     for v in report["variants"]:
         model, score = open_model(folder / v["path"]), scores[v["target"]]

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from quantkit.cli.compare import illustrate_conversion
@@ -18,7 +17,8 @@ from quantkit.corpus import Text, evaluation_chunks, load_text
 from quantkit.errors import VerifyError
 from quantkit.evaluate import Score
 from quantkit.files.atomic import staged
-from quantkit.forward import device_of, limit_device
+from quantkit.forward import limit_device, place_of
+from quantkit.later import Device, Tensor, torch
 from quantkit.model import Model, open_model
 from quantkit.overlap import refuse_overlap
 from quantkit.plan import Plan, make_plan
@@ -92,7 +92,7 @@ def command(
     settings = load_recipe(recipe, options)
     left_out = {"eval_text": no_eval, "calibration": no_calibration}
     settings = settings.model_copy(update={field: None for field, out_of_it in left_out.items() if out_of_it})
-    where = device_of(settings.device)
+    where = place_of(settings.device)
     model = open_model(source, settings.override, settings.chat_template)
     settings = fitted(model, settings, where)
     plan = make_plan(model, settings, where)
@@ -101,18 +101,18 @@ def command(
         return
     claim(output, plan, force)
     if settings.vram:
-        limit_device(where, target_bytes(settings.vram))
+        limit_device(torch.device(where), target_bytes(settings.vram))
     failed = _run(model, settings, plan, output, where, force, as_json)
     if failed:
         raise VerifyError(f"{len(failed)} of {len(plan.outputs)} outputs failed: {failed[0]}", where=str(output))
 
 
 def _run(
-    model: Model, settings: Recipe, plan: Plan, output: Path, device: torch.device, force: bool, as_json: bool
+    model: Model, settings: Recipe, plan: Plan, output: Path, device: Device, force: bool, as_json: bool
 ) -> list[VerifyError]:
     """Calibrate, convert, score and report; returns the outputs' failures."""
     warnings: list[str] = []
-    text, rows = calibration_rows(model, settings, device) if plan.calibrated else (None, None)
+    text, rows = calibration_rows(model, settings, torch.device(device)) if plan.calibrated else (None, None)
     words, chunks = _evaluation(model, settings)
     if text and words and (warning := refuse_overlap(text, words, force)):
         warnings.append(warning)
@@ -178,7 +178,7 @@ def _run(
     return failed
 
 
-def _evaluation(model: Model, settings: Recipe) -> tuple[Text | None, torch.Tensor | None]:
+def _evaluation(model: Model, settings: Recipe) -> tuple[Text | None, Tensor | None]:
     if settings.eval_text is None:
         return None, None
     text, tokenizer = load_text(settings.eval_text), model.tokenizer()

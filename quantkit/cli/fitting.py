@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import torch
 import yaml
 from rich import box
 from rich.table import Table as Shown
@@ -16,6 +15,7 @@ from quantkit.errors import UsageError
 from quantkit.files.atomic import staged
 from quantkit.fit import Fitted, Table, allocate, measure
 from quantkit.forward import network
+from quantkit.later import Device, torch
 from quantkit.model import Model
 from quantkit.recipe import GGUF, Layer, Recipe, target_bytes
 from quantkit.selfcal import self_calibration
@@ -35,7 +35,7 @@ def calibration_rows(model: Model, settings: Recipe, device: torch.device) -> tu
     return text, calibration_batch(text, model.tokenizer(), settings.samples, settings.seqlen, settings.seed)
 
 
-def fitted(model: Model, settings: Recipe, device: torch.device) -> Recipe:
+def fitted(model: Model, settings: Recipe, place: Device) -> Recipe:
     """`settings` themselves, or where they ask for a size, those that name the type of every tensor instead.
 
     Shows the choice. UsageError where the size cannot be had, or where nothing is calibrated.
@@ -50,6 +50,7 @@ def fitted(model: Model, settings: Recipe, device: torch.device) -> Recipe:
         raise UsageError(
             "needs a calibration and one size", where="--target-size", hint="give a text and one of the two"
         )
+    device = torch.device(place)
     _, rows = calibration_rows(model, settings.model_copy(update={"samples": min(SAMPLES, settings.samples)}), device)
     table: Table = {}
     with bars({"measuring types": 1.0}) as bar:

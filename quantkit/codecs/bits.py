@@ -10,8 +10,7 @@ p * R + r of a run sits in byte r at bit p * bits:
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from quantkit.later import Tensor, torch
 
 
 def _shifts(bits: int, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 A codec knows nothing of files, names or devices: bytes are a uint8 tensor, numbers a float32 tensor, on whichever
 device they lie. Which engine decodes or encodes (libggml or these torch functions) is chosen in `quantkit.codecs`.
+Where bytes are only moved they are a numpy array, as files are read.
 """
 
 from __future__ import annotations
@@ -9,12 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from quantkit.codecs.parts import Ladder, Parts
+from quantkit.later import Tensor, torch
 
-Field = tuple[str, torch.dtype, int]  # name as in ggml-common.h, element type, count
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+# Element types of a block's fields, by their names in torch, and the bytes of each.
+F32, F16, BF16, U8, I8, U16 = "float32", "float16", "bfloat16", "uint8", "int8", "uint16"
+ITEM_BYTES = {F32: 4, F16: 2, BF16: 2, U8: 1, I8: 1, U16: 2}
+
+Field = tuple[str, str, int]  # name as in ggml-common.h, element type, count
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class Codec:
     @property
     def nbytes(self) -> int:
         """Bytes of one block."""
-        return sum(dtype.itemsize * count for _, dtype, count in self.fields)
+        return sum(self._sizes())
 
     def row_bytes(self, width: int) -> int:
         """Bytes of a row of `width` weights; `width` must divide by the block."""
@@ -67,22 +76,27 @@ class Codec:
 
     def split(self, raw: Tensor) -> dict[str, Tensor]:
         """Bytes of n blocks -> the struct's fields, each (n, count) in its own dtype."""
-        sizes = [dtype.itemsize * count for _, dtype, count in self.fields]
-        parts = raw.reshape(-1, self.nbytes).split(sizes, dim=1)
+        parts = raw.reshape(-1, self.nbytes).split(self._sizes(), dim=1)
         # A copy even where a part is contiguous as it lies: to be viewed as its dtype it must start on a whole element.
         copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
-        return {name: copy.view(dtype) for (name, dtype, _), copy in zip(self.fields, copies, strict=True)}
+        return {
+            name: copy.view(getattr(torch, kind)) for (name, kind, _), copy in zip(self.fields, copies, strict=True)
+        }
 
     def join(self, fields: dict[str, Tensor]) -> Tensor:
         """The inverse of `split`: fields -> (n, nbytes) uint8."""
-        return torch.cat([fields[name].to(dtype).view(torch.uint8) for name, dtype, _ in self.fields], dim=1)
+        parts = [fields[name].to(getattr(torch, kind)).view(torch.uint8) for name, kind, _ in self.fields]
+        return torch.cat(parts, dim=1)
 
-    def byteswap(self, raw: Tensor) -> Tensor:
+    def byteswap(self, raw: Bytes) -> Bytes:
         """Turn the multi-byte fields of n blocks around (big-endian file <-> little-endian file); its own inverse."""
-        blocks = raw.reshape(-1, self.nbytes)
-        sizes = [dtype.itemsize * count for _, dtype, count in self.fields]
-        parts = [
-            part.reshape(len(blocks), -1, dtype.itemsize).flip(2).flatten(1)
-            for (_, dtype, _), part in zip(self.fields, blocks.split(sizes, dim=1), strict=True)
-        ]
-        return torch.cat(parts, dim=1).reshape(raw.shape)
+        blocks, end = raw.reshape(-1, self.nbytes), 0
+        out = np.empty_like(blocks)
+        for (_, _, count), nbytes in zip(self.fields, self._sizes(), strict=True):
+            field = slice(end, end := end + nbytes)
+            out[:, field] = blocks[:, field].reshape(len(blocks), count, -1)[..., ::-1].reshape(len(blocks), nbytes)
+        return out.reshape(raw.shape)
+
+    def _sizes(self) -> list[int]:
+        """Bytes of each field."""
+        return [ITEM_BYTES[kind] * count for _, kind, count in self.fields]

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from quantkit.later import Tensor, torch
 
 # How far a range may shrink below the largest weight, tried from widest to narrowest (llama.cpp and MSE searches use
 # the same order of magnitude). Below half the range, clipping always costs more than it saves at 3 bits and more.

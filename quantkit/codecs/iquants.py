@@ -17,13 +17,12 @@ from __future__ import annotations
 import functools
 
 import gguf
-import torch
-from torch import Tensor
 
 from quantkit.codecs.bits import pack, unpack
-from quantkit.codecs.codec import Codec
+from quantkit.codecs.codec import F16, U8, U16, Codec
 from quantkit.codecs.iquants_encode import LEVELS, iq4_nl, iq4_xs
 from quantkit.codecs.parts import Fields, Ladder, Parts
+from quantkit.later import Tensor, torch
 
 BLOCK = 256  # QK_K
 BLOCK_NL = 32  # QK4_NL
@@ -152,31 +151,31 @@ def _write_iq4_xs(parts: Parts) -> Fields:
     }
 
 
-_D = ("d", torch.float16, 1)
-_SCALES = ("scales", torch.uint8, 8)
-_QS16 = ("qs", torch.uint16, 32)
+_D = ("d", F16, 1)
+_SCALES = ("scales", U8, 8)
+_QS16 = ("qs", U16, 32)
 
 _IQ4_NL = Ladder(_read_iq4_nl, _write_iq4_nl, LEVELS)
 _IQ4_XS = Ladder(_read_iq4_xs, _write_iq4_xs, LEVELS, (-32, 31))
 
 CODECS = (
-    Codec("IQ1_S", BLOCK, (_D, ("qs", torch.uint8, 32), ("qh", torch.uint16, 8)), _iq1_s, None, True),
-    Codec("IQ1_M", BLOCK, (("qs", torch.uint8, 32), ("qh", torch.uint8, 16), _SCALES), _iq1_m, None, True),
+    Codec("IQ1_S", BLOCK, (_D, ("qs", U8, 32), ("qh", U16, 8)), _iq1_s, None, True),
+    Codec("IQ1_M", BLOCK, (("qs", U8, 32), ("qh", U8, 16), _SCALES), _iq1_m, None, True),
     Codec("IQ2_XXS", BLOCK, (_D, _QS16), _iq2_xxs, None, True),
     Codec("IQ2_XS", BLOCK, (_D, _QS16, _SCALES), _iq2_xs, None, True),
-    Codec("IQ2_S", BLOCK, (_D, ("qs", torch.uint8, 64), ("qh", torch.uint8, 8), _SCALES), _iq2_s),
-    Codec("IQ3_XXS", BLOCK, (_D, ("qs", torch.uint8, 96)), _iq3_xxs),
+    Codec("IQ2_S", BLOCK, (_D, ("qs", U8, 64), ("qh", U8, 8), _SCALES), _iq2_s),
+    Codec("IQ3_XXS", BLOCK, (_D, ("qs", U8, 96)), _iq3_xxs),
     Codec(
         "IQ3_S",
         BLOCK,
-        (_D, ("qs", torch.uint8, 64), ("qh", torch.uint8, 8), ("signs", torch.uint8, 32), ("scales", torch.uint8, 4)),
+        (_D, ("qs", U8, 64), ("qh", U8, 8), ("signs", U8, 32), ("scales", U8, 4)),
         _iq3_s,
     ),
-    Codec.of_ladder("IQ4_NL", BLOCK_NL, (_D, ("qs", torch.uint8, 16)), _IQ4_NL, iq4_nl),
+    Codec.of_ladder("IQ4_NL", BLOCK_NL, (_D, ("qs", U8, 16)), _IQ4_NL, iq4_nl),
     Codec.of_ladder(
         "IQ4_XS",
         BLOCK,
-        (_D, ("scales_h", torch.uint16, 1), ("scales_l", torch.uint8, 4), ("qs", torch.uint8, 128)),
+        (_D, ("scales_h", U16, 1), ("scales_l", U8, 4), ("qs", U8, 128)),
         _IQ4_XS,
         iq4_xs,
     ),

@@ -7,11 +7,10 @@ the K-quants, over fifteen candidates that map the value of largest magnitude ne
 from __future__ import annotations
 
 import gguf
-import torch
-from torch import Tensor
 
 from quantkit.codecs.parts import Parts
 from quantkit.codecs.search import TINY, farthest, quotient, reciprocal, root, rounded, total
+from quantkit.later import Tensor, torch
 
 SUB = 32  # weights under one scale, in both types
 LEVELS = tuple(map(float, gguf.quants.IQ4_NL.kvalues))

@@ -12,9 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-
 from quantkit.codecs.bits import (
     pack,
     pack_scale_min_k4,
@@ -23,9 +20,10 @@ from quantkit.codecs.bits import (
     unpack_scale_min_k4,
     unpack_scales_q3,
 )
-from quantkit.codecs.codec import Codec, Field
+from quantkit.codecs.codec import F16, I8, U8, Codec, Field
 from quantkit.codecs.kquants_encode import q2_k, q3_k, q4_k, q5_k, q6_k
 from quantkit.codecs.parts import Fields, Ladder, Parts, whole
+from quantkit.later import Tensor, torch
 
 BLOCK = 256  # QK_K in ggml-common.h
 
@@ -105,9 +103,9 @@ def _byte(whole_numbers: Tensor | None) -> Tensor:
     return whole_numbers.to(torch.uint8)
 
 
-_D = ("d", torch.float16, 1)
-_DMIN = ("dmin", torch.float16, 1)
-_K_SCALES = ("scales", torch.uint8, 12)  # K_SCALE_SIZE
+_D = ("d", F16, 1)
+_DMIN = ("dmin", F16, 1)
+_K_SCALES = ("scales", U8, 12)  # K_SCALE_SIZE
 
 _Q2_K = Ladder(_read_q2_k, _write_q2_k, whole(0, 2), (0, 15), (0, 15))
 _Q3_K = Ladder(_read_q3_k, _write_q3_k, whole(-4, 3), (-32, 31))
@@ -116,9 +114,9 @@ _Q5_K = Ladder(_read_q5_k, _write_q5_k, whole(0, 5), (0, 63), (0, 63))
 _Q6_K = Ladder(_read_q6_k, _write_q6_k, whole(-32, 6), (-128, 127))
 
 CODECS = (
-    _codec("Q2_K", (("scales", torch.uint8, 16), ("qs", torch.uint8, 64), _D, _DMIN), _Q2_K, q2_k),
-    _codec("Q3_K", (("hmask", torch.uint8, 32), ("qs", torch.uint8, 64), _K_SCALES, _D), _Q3_K, q3_k),
-    _codec("Q4_K", (_D, _DMIN, _K_SCALES, ("qs", torch.uint8, 128)), _Q4_K, q4_k),
-    _codec("Q5_K", (_D, _DMIN, _K_SCALES, ("qh", torch.uint8, 32), ("qs", torch.uint8, 128)), _Q5_K, q5_k),
-    _codec("Q6_K", (("ql", torch.uint8, 128), ("qh", torch.uint8, 64), ("scales", torch.int8, 16), _D), _Q6_K, q6_k),
+    _codec("Q2_K", (("scales", U8, 16), ("qs", U8, 64), _D, _DMIN), _Q2_K, q2_k),
+    _codec("Q3_K", (("hmask", U8, 32), ("qs", U8, 64), _K_SCALES, _D), _Q3_K, q3_k),
+    _codec("Q4_K", (_D, _DMIN, _K_SCALES, ("qs", U8, 128)), _Q4_K, q4_k),
+    _codec("Q5_K", (_D, _DMIN, _K_SCALES, ("qh", U8, 32), ("qs", U8, 128)), _Q5_K, q5_k),
+    _codec("Q6_K", (("ql", U8, 128), ("qh", U8, 64), ("scales", I8, 16), _D), _Q6_K, q6_k),
 )

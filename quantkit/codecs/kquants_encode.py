@@ -13,9 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from quantkit.codecs.bits import pack_scale_min_k4, unpack_scale_min_k4
 from quantkit.codecs.parts import Parts
 from quantkit.codecs.search import (
@@ -31,6 +28,7 @@ from quantkit.codecs.search import (
     stored,
     total,
 )
+from quantkit.later import Tensor, torch
 
 BLOCK = 256
 

@@ -12,13 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-
 from quantkit.codecs.bits import pack, unpack
-from quantkit.codecs.codec import Codec
+from quantkit.codecs.codec import BF16, F16, F32, I8, U8, Codec
 from quantkit.codecs.legacy_encode import affine, q8_0, symmetric
 from quantkit.codecs.parts import Fields, Ladder, Parts, whole
+from quantkit.later import Tensor, torch
 
 BLOCK = 32  # QK4_0 and its like in ggml-common.h
 
@@ -27,8 +25,8 @@ def _plain(values: Tensor) -> Tensor:
     return values.float()
 
 
-def _cast(dtype: torch.dtype) -> Callable[[Tensor, Tensor | None], dict[str, Tensor]]:
-    return lambda x, _importance: {"values": x.to(dtype).view(-1, 1)}
+def _cast(kind: str) -> Callable[[Tensor, Tensor | None], dict[str, Tensor]]:
+    return lambda x, _importance: {"values": x.to(getattr(torch, kind)).view(-1, 1)}
 
 
 def _read(d: Tensor, qs: Tensor, qh: Tensor | None = None, m: Tensor | None = None) -> Parts:
@@ -56,18 +54,18 @@ def _q8_0(d: Tensor, qs: Tensor) -> Tensor:
     return qs.float() * d.float()
 
 
-_D = ("d", torch.float16, 1)
-_M = ("m", torch.float16, 1)
-_QH = ("qh", torch.uint8, 4)
-_QS = ("qs", torch.uint8, 16)
+_D = ("d", F16, 1)
+_M = ("m", F16, 1)
+_QH = ("qh", U8, 4)
+_QS = ("qs", U8, 16)
 
 CODECS = (
-    Codec("F32", 1, (("values", torch.float32, 1),), _plain, _cast(torch.float32)),
-    Codec("F16", 1, (("values", torch.float16, 1),), _plain, _cast(torch.float16)),
-    Codec("BF16", 1, (("values", torch.bfloat16, 1),), _plain, _cast(torch.bfloat16)),
+    Codec("F32", 1, (("values", F32, 1),), _plain, _cast(F32)),
+    Codec("F16", 1, (("values", F16, 1),), _plain, _cast(F16)),
+    Codec("BF16", 1, (("values", BF16, 1),), _plain, _cast(BF16)),
     Codec.of_ladder("Q4_0", BLOCK, (_D, _QS), Ladder(_read, _write(4), whole(-8, 4)), symmetric(4)),
     Codec.of_ladder("Q4_1", BLOCK, (_D, _M, _QS), Ladder(_read, _write(4), whole(0, 4)), affine(4)),
     Codec.of_ladder("Q5_0", BLOCK, (_D, _QH, _QS), Ladder(_read, _write(5), whole(-16, 5)), symmetric(5)),
     Codec.of_ladder("Q5_1", BLOCK, (_D, _M, _QH, _QS), Ladder(_read, _write(5), whole(0, 5)), affine(5)),
-    Codec("Q8_0", BLOCK, (_D, ("qs", torch.int8, BLOCK)), _q8_0, q8_0),
+    Codec("Q8_0", BLOCK, (_D, ("qs", I8, BLOCK)), _q8_0, q8_0),
 )

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-
 from quantkit.codecs.parts import Parts
 from quantkit.codecs.search import (
     farthest,
@@ -22,6 +19,7 @@ from quantkit.codecs.search import (
     search_symmetric,
     total,
 )
+from quantkit.later import Tensor, torch
 
 BLOCK = 32
 Encoder = Callable[[Tensor, Tensor | None], Parts]

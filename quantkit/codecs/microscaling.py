@@ -10,11 +10,10 @@ ggml stores the E2M1 levels doubled, as integers, and halves the scale. Source: 
 from __future__ import annotations
 
 import gguf
-import torch
-from torch import Tensor
 
 from quantkit.codecs.bits import unpack
-from quantkit.codecs.codec import Codec
+from quantkit.codecs.codec import U8, Codec
+from quantkit.later import Tensor, torch
 
 LEVELS = gguf.quants.MXFP4.kvalues  # kvalues_mxfp4: twice 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives
 
@@ -48,6 +47,6 @@ def _nvfp4(d: Tensor, qs: Tensor) -> Tensor:
 
 
 CODECS = (
-    Codec("MXFP4", 32, (("e", torch.uint8, 1), ("qs", torch.uint8, 16)), _mxfp4),
-    Codec("NVFP4", 64, (("d", torch.uint8, 4), ("qs", torch.uint8, 32)), _nvfp4),
+    Codec("MXFP4", 32, (("e", U8, 1), ("qs", U8, 16)), _mxfp4),
+    Codec("NVFP4", 64, (("d", U8, 4), ("qs", U8, 32)), _nvfp4),
 )

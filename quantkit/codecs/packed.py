@@ -22,11 +22,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from quantkit.codecs.grid import Quantized
 from quantkit.errors import FormatError
+from quantkit.later import Tensor, torch
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")

@@ -13,8 +13,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from quantkit.later import Tensor, torch
 
 Fields = dict[str, Tensor]
 

@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from quantkit.later import Tensor, torch
 
 TINY = 1e-15  # GROUP_MAX_EPS: a group below it is stored as zeros
 
@@ -34,8 +34,8 @@ def total(terms: Tensor) -> Tensor:
 
 def quotient(a: Tensor | float, b: Tensor | float) -> Tensor:
     """a / b rounded once, one of them a tensor: torch may divide by a plain number by multiplying with its inverse."""
-    device = next(v.device for v in (a, b) if isinstance(v, Tensor))
-    a, b = (v if isinstance(v, Tensor) else torch.full((), v, device=device) for v in (a, b))
+    device = next(v.device for v in (a, b) if isinstance(v, torch.Tensor))
+    a, b = (v if isinstance(v, torch.Tensor) else torch.full((), v, device=device) for v in (a, b))
     return a / b
 
 

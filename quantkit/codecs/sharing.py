@@ -1,20 +1,21 @@
 """Work on a matrix shared out to threads, a slab of rows at a time.
 
 A slab is small enough that its temporaries stay in a core's cache, where a chain of steps over it takes a third of the
-time that whole tensors take, and nothing of the tensor's own size is ever made. The steps are torch's and ggml's, which
-both drop the interpreter's lock. On another device one thread gives the orders, and slabs are as large as it needs.
+time that whole tensors take, and nothing of the tensor's own size is ever made. The steps are torch's, numpy's and
+ggml's, which all drop the interpreter's lock. On another device one thread gives the orders, and slabs are as large as
+it needs.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, local
 from typing import TypeVar
 
-import torch
-from torch import Tensor
+from quantkit.later import Device, Tensor, on_cpu, torch, torch_is_there
 
 T = TypeVar("T")
 Rows = Callable[[slice], Tensor]  # rows of a matrix (rows, width), read or computed when they are asked for
@@ -23,9 +24,19 @@ SLAB = 1 << 18  # weights: one MiB of float32, half of a common L2 cache
 SLAB_ELSEWHERE = 1 << 24
 
 
-def slabs(rows: int, width: int, device: torch.device | str = "cpu", first: int = 0) -> list[slice]:
+def thread_count() -> int:
+    """How many threads share the work: torch's count where it is loaded, else OpenMP's, else the cores there are."""
+    if torch_is_there():
+        return torch.get_num_threads()
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and int(asked):
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def slabs(rows: int, width: int, device: Device = "cpu", first: int = 0) -> list[slice]:
     """Slices of whole rows that make up `rows` rows from `first` on; on the CPU as many for each thread, or one."""
-    most, threads = (SLAB, torch.get_num_threads()) if torch.device(device).type == "cpu" else (SLAB_ELSEWHERE, 1)
+    most, threads = (SLAB, thread_count()) if on_cpu(device) else (SLAB_ELSEWHERE, 1)
     count = -(-rows * width // most)
     if count > 1:
         count = -(-count // threads) * threads
@@ -33,40 +44,42 @@ def slabs(rows: int, width: int, device: torch.device | str = "cpu", first: int 
     return [slice(at, min(end, at + step)) for at in range(first, end, step)]
 
 
-def one_each(rows: int, device: torch.device | str = "cpu") -> list[slice]:
+def one_each(rows: int, device: Device = "cpu") -> list[slice]:
     """`rows` rows cut once for each thread: for work of many small steps, where every slab takes all the steps."""
-    step = -(-rows // (torch.get_num_threads() if torch.device(device).type == "cpu" else 1))
+    step = -(-rows // (thread_count() if on_cpu(device) else 1))
     return [slice(at, min(rows, at + step)) for at in range(0, rows, step)]
 
 
-def share_out(work: Callable[[slice], T], parts: Sequence[slice], device: torch.device | str = "cpu") -> list[T]:
+def share_out(work: Callable[[slice], T], parts: Sequence[slice], device: Device = "cpu") -> list[T]:
     """What `work` returns for each of `parts`, in order; on the CPU by as many threads as torch uses.
 
     Work that shares out in its turn does its parts itself: waiting for its own pool, it would wait for ever.
     """
-    threads = torch.get_num_threads()
-    if threads < 2 or len(parts) < 2 or torch.device(device).type != "cpu" or hasattr(_here, "shared"):
+    threads = thread_count()
+    if threads < 2 or len(parts) < 2 or not on_cpu(device) or hasattr(_here, "shared"):
         return [work(part) for part in parts]
-    return list(_pool(threads).map(work, parts))
+    return list(_pool(threads, torch_is_there()).map(work, parts))
 
 
 _here = local()  # has `shared` in the threads of a pool
 
 
 @functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
+def _pool(threads: int, with_torch: bool) -> ThreadPoolExecutor:
     """Threads in which torch uses one core each: as they are, every one would bring a team of its own to every step."""
     started = Barrier(threads + 1)
 
     def alone() -> None:
         _here.shared = True
-        torch.get_num_threads()  # a thread's first question sets it to the default
-        torch.set_num_threads(1)  # of this thread, and what later threads begin with: the caller puts that right
+        if with_torch:
+            torch.get_num_threads()  # a thread's first question sets it to the default
+            torch.set_num_threads(1)  # of this thread, and what later threads begin with: the caller puts that right
         started.wait()
 
     pool = ThreadPoolExecutor(threads, initializer=alone)
     for _ in range(threads):
         pool.submit(int)
     started.wait()
-    torch.set_num_threads(threads)
+    if with_torch:
+        torch.set_num_threads(threads)
     return pool

@@ -7,11 +7,9 @@ Source: llama.cpp `ggml/src/ggml-common.h`, `dequantize_row_tq1_0`, `_tq2_0`, `_
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from quantkit.codecs.bits import unpack
-from quantkit.codecs.codec import Codec
+from quantkit.codecs.codec import F16, U8, Codec
+from quantkit.later import Tensor, torch
 
 BLOCK = 256  # QK_K
 BLOCK_Q1 = 128  # QK1_0
@@ -37,10 +35,10 @@ def _q1_0(d: Tensor, qs: Tensor) -> Tensor:
     return (2 * unpack(qs, 1, run=1).float() - 1) * d.float()
 
 
-_D = ("d", torch.float16, 1)
+_D = ("d", F16, 1)
 
 CODECS = (
-    Codec("TQ1_0", BLOCK, (("qs", torch.uint8, 48), ("qh", torch.uint8, 4), _D), _tq1_0),
-    Codec("TQ2_0", BLOCK, (("qs", torch.uint8, 64), _D), _tq2_0),
-    Codec("Q1_0", BLOCK_Q1, (_D, ("qs", torch.uint8, 16)), _q1_0),
+    Codec("TQ1_0", BLOCK, (("qs", U8, 48), ("qh", U8, 4), _D), _tq1_0),
+    Codec("TQ2_0", BLOCK, (("qs", U8, 64), _D), _tq2_0),
+    Codec("Q1_0", BLOCK_Q1, (_D, ("qs", U8, 16)), _q1_0),
 )

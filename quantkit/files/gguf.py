@@ -1,8 +1,8 @@
 """Opens a GGUF - one file or a split set - as one frozen record: metadata, tensor table, and bytes on demand.
 
-Nothing of the weights is read here. `GGUF.raw` maps one tensor at a time, and the mapping goes when the tensor does, so
-memory is bounded by the tensors in use, never by the model. No file is held open: a file that changed since it was read
-is noticed and refused. Only metadata types, keys and block sizes come from gguf-py.
+Nothing of the weights is read here. `GGUF.stored` maps one tensor at a time, and the mapping goes when the tensor does,
+so memory is bounded by the tensors in use, never by the model. No file is held open: a file that changed since it was
+read is noticed and refused. Only metadata types, keys and block sizes come from gguf-py.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from gguf.constants import Keys
-from torch import Tensor
 
 from quantkit import codecs
 from quantkit.errors import BadInput, FormatError
 from quantkit.files.gguf_header import Header, TensorInfo, parse_header
 from quantkit.files.gguf_values import AGAIN, Value
+from quantkit.files.raw import Bytes, mapped
+from quantkit.later import Tensor, torch
 
 __all__ = ["GGUF", "TensorInfo", "Value", "read_gguf"]
 
@@ -62,37 +63,38 @@ class GGUF:
         value = self.metadata.get(key)
         return default if value is None else value.data
 
-    def raw(self, name: str) -> Tensor:
+    def stored(self, name: str) -> Bytes:
         """The stored bytes of a tensor, (nbytes,) uint8, as a little-endian file has them.
 
         A little-endian file is mapped, not copied; writing into the result changes neither the file nor other results.
         Raises KeyError for an unknown name, BadInput where the file changed or went away since.
         """
         if name in self.stacks:
-            return torch.cat([self._stored(part) for part in self.stacks[name]])
-        return self._stored(self.tensors[name])
+            return np.concatenate([self._mapped(part) for part in self.stacks[name]])
+        return self._mapped(self.tensors[name])
 
-    def raw_matrix(self, name: str, index: int) -> Tensor:
-        """The stored bytes of one matrix of a stack, as `raw` gives them."""
+    def stored_matrix(self, name: str, index: int) -> Bytes:
+        """The stored bytes of one matrix of a stack, as `stored` gives them."""
         if name in self.stacks:
-            return self._stored(self.stacks[name][index])
+            return self._mapped(self.stacks[name][index])
         info = self.tensors[name]
-        return self._stored(info).view(info.shape[0], -1)[index]
+        return self._mapped(info).reshape(info.shape[0], -1)[index]
 
-    def _stored(self, info: TensorInfo) -> Tensor:
+    def raw(self, name: str) -> Tensor:
+        """`stored` as a tensor."""
+        return torch.from_numpy(self.stored(name))
+
+    def _mapped(self, info: TensorInfo) -> Bytes:
         path = self.paths[info.shard]
-        start = info.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        skip = info.offset - start
         try:
             with open(path, "rb") as file:
                 if _stamp(os.fstat(file.fileno())) != self.stamps[info.shard]:
                     raise BadInput("the file changed since it was opened", where=path, hint="run the command again")
-                view = mmap.mmap(file.fileno(), skip + info.nbytes, access=mmap.ACCESS_COPY, offset=start)
+                stored = mapped(file.fileno(), info.offset, info.nbytes)
         except OSError as e:
             hint = "leave the file in place while it is in use"
             raise BadInput(f"tensor {info.name} cannot be read: {e.strerror or e}", where=path, hint=hint) from None
-        raw = torch.frombuffer(view, dtype=torch.uint8, count=info.nbytes, offset=skip)
-        return raw if self.byteorder == "little" else codecs.lookup(info.type).byteswap(raw)
+        return stored if self.byteorder == "little" else codecs.lookup(info.type).byteswap(stored)
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GGUF:

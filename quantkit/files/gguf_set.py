@@ -10,8 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-
-from torch import Tensor
+from typing import Any
 
 from quantkit.files.gguf_writer import GGUFWriter, Layout
 
@@ -48,6 +47,6 @@ class SetWriter:
     ) -> None:
         self._open.__exit__(kind, error, trace)
 
-    def write(self, name: str, raw: Tensor | bytes) -> None:
+    def write(self, name: str, raw: Any) -> None:
         """Write one tensor's bytes; see `GGUFWriter.write`."""
         self._shard_of[name].write(name, raw)

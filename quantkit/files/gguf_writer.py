@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-import torch
 from gguf.constants import (
     GGML_QUANT_SIZES,
     GGUF_DEFAULT_ALIGNMENT,
@@ -23,11 +23,11 @@ from gguf.constants import (
     GGUFValueType,
     Keys,
 )
-from torch import Tensor
 
 from quantkit.files.atomic import disk_errors, require_space
 from quantkit.files.gguf_header import KEY_NAME, MAX_ALIGNMENT, MAX_DIMS, MAX_NAME_BYTES, TENSOR_NAME
 from quantkit.files.gguf_values import Value, pack_string, pack_value
+from quantkit.files.raw import put, raw_bytes
 
 __all__ = ["GGUFWriter", "Layout", "Planned", "layout_gguf", "split_layout"]
 
@@ -115,7 +115,7 @@ class GGUFWriter:
         try:
             with disk_errors(self.path):
                 os.truncate(self._file, self.layout.nbytes)  # the padding between tensors is zeros from here on
-                self._put(memoryview(self.layout.header), 0)
+                put(self._file, memoryview(self.layout.header), 0)
         except BaseException:
             os.close(self._file)
             raise
@@ -129,24 +129,19 @@ class GGUFWriter:
             some = ", ".join(sorted(self._missing)[:3])
             raise ValueError(f"{self.path}: {len(self._missing)} tensors were not written: {some}")
 
-    def write(self, name: str, raw: Tensor | bytes) -> None:
-        """Write one tensor's bytes (uint8 of any shape on the CPU, or bytes-like): as many as planned, and once."""
+    def write(self, name: str, raw: Any) -> None:
+        """Write one tensor's bytes (a uint8 tensor or array of any shape, or bytes-like): as planned, and once."""
         if name not in self._missing:
             state = "was written already" if name in self.layout.sizes else "is not in the layout"
             raise ValueError(f"{self.path}: tensor {name} {state}")
-        if isinstance(raw, Tensor) and raw.dtype is not torch.uint8:
+        if str(getattr(raw, "dtype", "uint8")).removeprefix("torch.") != "uint8":
             raise TypeError(f"tensor {name} is given as {raw.dtype}, not as uint8 bytes")
-        data = memoryview(raw.contiguous().reshape(-1).numpy().data if isinstance(raw, Tensor) else raw).cast("B")
+        data = raw_bytes(raw)
         if data.nbytes != self.layout.sizes[name]:
             raise ValueError(f"{self.path}: tensor {name} takes {self.layout.sizes[name]:,} bytes, not {data.nbytes:,}")
         with disk_errors(self.path):
-            self._put(data, self.layout.offsets[name])
+            put(self._file, data, self.layout.offsets[name])
         self._missing.discard(name)
-
-    def _put(self, data: memoryview, offset: int) -> None:
-        while data.nbytes:  # Linux writes at most 2 GiB a call
-            written = os.pwrite(self._file, data, offset)
-            data, offset = data[written:], offset + written
 
 
 def tensor_nbytes(name: str, shape: tuple[int, ...], kind: str) -> int:

@@ -14,11 +14,11 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from gguf.constants import GGUFValueType
-from torch import Tensor
+from numpy.typing import NDArray
 
 from quantkit.errors import BadInput, FormatError
 from quantkit.files.atomic import staged
@@ -26,6 +26,9 @@ from quantkit.files.gguf import read_gguf
 from quantkit.files.gguf_header import TENSOR_NAME
 from quantkit.files.gguf_values import Value
 from quantkit.files.gguf_writer import GGUFWriter, layout_gguf
+from quantkit.files.raw import raw_bytes
+
+Array = NDArray[Any]
 
 LEGACY_CHUNK = 512  # tokens: what llama-imatrix takes where nothing else is said; a .dat does not say
 AGAIN = "give one that llama-imatrix or quantkit wrote"
@@ -39,16 +42,16 @@ class Imatrix:
     `datasets` are the texts, `chunks` how many sequences of `chunk_size` tokens were seen.
     """
 
-    sums: Mapping[str, Tensor]
-    counts: Mapping[str, Tensor]
+    sums: Mapping[str, Array]
+    counts: Mapping[str, Array]
     datasets: tuple[str, ...]
     chunks: int
     chunk_size: int
 
-    def importance(self, name: str) -> Tensor:
+    def importance(self, name: str) -> Array:
         """Mean squared input per column, (experts, in); 1 everywhere for an expert that saw no row, as in llama.cpp."""
-        sums, counts = self.sums[name], self.counts[name][:, None]
-        return torch.where(counts > 0, sums / counts.clamp_min(1), torch.ones(()))
+        sums, counts = self.sums[name], self.counts[name][:, None].astype(np.float32)
+        return np.where(counts > 0, sums / np.maximum(counts, 1), np.float32(1))
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Spread:
 def spread(imatrix: Imatrix, name: str) -> Spread:
     """The statistics of one entry, over the columns of all experts that saw a row."""
     counts = imatrix.counts[name]
-    x = imatrix.importance(name)[counts > 0].double().flatten()
+    x = imatrix.importance(name)[counts > 0].astype(np.float64).ravel()
     if not len(x):
         return Spread(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     share = x[x > 0] / x.sum()
@@ -81,11 +84,11 @@ def spread(imatrix: Imatrix, name: str) -> Spread:
         columns=len(x),
         total=x.sum().item(),
         mean=x.mean().item(),
-        stddev=x.std(correction=0).item(),
+        stddev=x.std().item(),
         min=x.min().item(),
         max=x.max().item(),
-        active=(x > INACTIVE).double().mean().item(),
-        entropy=-(share * share.log2()).sum().item(),
+        active=(x > INACTIVE).mean().item(),
+        entropy=-(share * np.log2(share)).sum().item(),
     )
 
 
@@ -94,19 +97,19 @@ def merge(parts: Sequence[Imatrix]) -> Imatrix:
 
     BadInput where two parts are not of the same model.
     """
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
+    sums: dict[str, Array] = {}
+    counts: dict[str, Array] = {}
     for part in parts:
         for name, values in part.sums.items():
             if name not in sums:
                 sums[name], counts[name] = values, part.counts[name]
                 continue
-            if sums[name].numel() != values.numel():
-                what = f"{name} has {values.numel():,} values here and {sums[name].numel():,} there"
+            if sums[name].size != values.size:
+                what = f"{name} has {values.size:,} values here and {sums[name].size:,} there"
                 raise BadInput(what, hint="merge importance matrices of one model")
             experts = max(len(counts[name]), len(part.counts[name]))
-            sums[name] = sums[name].view(experts, -1) + values.view(experts, -1)
-            counts[name] = counts[name].expand(experts) + part.counts[name].expand(experts)
+            sums[name] = sums[name].reshape(experts, -1) + values.reshape(experts, -1)
+            counts[name] = np.broadcast_to(counts[name], experts) + np.broadcast_to(part.counts[name], experts)
     size = parts[0].chunk_size
     datasets = tuple(dict.fromkeys(d for part in parts for d in part.datasets))
     rows = max((int(c.max()) for c in counts.values()), default=0)
@@ -122,14 +125,14 @@ def write_imatrix(path: Path, imatrix: Imatrix) -> None:
         "imatrix.chunk_count": Value(u32, None, imatrix.chunks),
         "imatrix.chunk_size": Value(u32, None, imatrix.chunk_size),
     }
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Array] = {}
     for name in sorted(imatrix.sums):
         tensors[f"{name}.in_sum2"] = imatrix.sums[name]
         tensors[f"{name}.counts"] = imatrix.counts[name][:, None]
     layout = layout_gguf(metadata, [(n, tuple(t.shape), "F32") for n, t in tensors.items()])
     with staged(path, replace=True) as partial, GGUFWriter(partial, layout) as out:
         for name, tensor in tensors.items():
-            out.write(name, tensor.float().contiguous().view(torch.uint8).reshape(-1))
+            out.write(name, raw_bytes(tensor.astype(np.float32)))
 
 
 def read_imatrix(path: Path) -> Imatrix:
@@ -144,7 +147,7 @@ def read_imatrix(path: Path) -> Imatrix:
         raise BadInput(f"cannot be opened: {e.strerror or e}", where=path, hint="check the path") from None
     imatrix = _read_gguf(path) if magic == b"GGUF" else _read_legacy(path)
     for name, values in imatrix.sums.items():
-        if not bool(((values >= 0) & values.isfinite()).all()) or bool((imatrix.counts[name] < 0).any()):
+        if not ((values >= 0) & np.isfinite(values)).all() or (imatrix.counts[name] < 0).any():
             raise FormatError(f"the entry {name} holds what is no sum of squares", where=path, hint=AGAIN)
     return imatrix
 
@@ -153,23 +156,23 @@ def _read_gguf(path: Path) -> Imatrix:
     file = read_gguf(path)
     if file.get("general.type") != "imatrix":
         raise FormatError("not an importance matrix", where=path, hint=AGAIN)
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
+    sums: dict[str, Array] = {}
+    counts: dict[str, Array] = {}
     for tensor, info in file.tensors.items():
         name, _, part = tensor.rpartition(".")
         if part not in ("in_sum2", "counts"):
             continue
         if info.type != "F32":
             raise FormatError(f"{tensor} is {info.type}, not F32", where=path, hint=AGAIN)
-        values = file.raw(tensor).view(torch.float32)
+        values = file.stored(tensor).view(np.float32)
         if part == "in_sum2":
-            sums[name] = values.clone()
+            sums[name] = values.copy()
         else:
-            counts[name] = values.round().long()
+            counts[name] = values.round().astype(np.int64)
     if sums.keys() != counts.keys() or any(len(s) % len(counts[n]) for n, s in sums.items()):
         raise FormatError("sums and counts do not pair up", where=path, hint="the file is damaged")
     return Imatrix(
-        {name: values.view(len(counts[name]), -1) for name, values in sums.items()},
+        {name: values.reshape(len(counts[name]), -1) for name, values in sums.items()},
         counts,
         tuple(map(str, file.get("imatrix.datasets", []))),
         int(file.get("imatrix.chunk_count", 0)),
@@ -202,15 +205,15 @@ class _Legacy:
 
 def _read_legacy(path: Path) -> Imatrix:
     file = _Legacy(path)
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
+    sums: dict[str, Array] = {}
+    counts: dict[str, Array] = {}
     for _ in range(file.int32()):
         name, chunks = file.text(), file.int32()
-        values = torch.from_numpy(np.frombuffer(file.take(4 * file.int32()), dtype="<f4").copy())
+        values = np.frombuffer(file.take(4 * file.int32()), dtype="<f4").copy()
         if not TENSOR_NAME.fullmatch(name) or not len(values):
             raise FormatError("neither a GGUF nor a whole .dat", where=path, offset=file.pos, hint=AGAIN)
         # a weight that was written with no chunk at all is divided by nothing, as llama.cpp's quantize does it
-        sums[name], counts[name] = values[None] * LEGACY_CHUNK, torch.tensor([max(chunks, 1) * LEGACY_CHUNK])
+        sums[name], counts[name] = values[None] * LEGACY_CHUNK, np.array([max(chunks, 1) * LEGACY_CHUNK])
     if not sums:
         raise FormatError("holds no entry", where=path, hint=AGAIN)
     chunks = 0 if file.done else file.int32()

@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from quantkit.errors import BadInput, FormatError
+from quantkit.later import Tensor, torch
 
 MAGIC = b"_logits_"
 HEADER = struct.Struct("<8sIii")

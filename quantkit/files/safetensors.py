@@ -14,48 +14,60 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from quantkit.errors import BadInput, FormatError
+from quantkit.files.raw import Bytes, mapped, put, raw_bytes
+from quantkit.later import Tensor, torch
 
 SHARD_BYTES = 5 * 10**9  # transformers' default `max_shard_size`
 INDEX = "model.safetensors.index.json"
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+TYPES = {  # the format's name -> torch's, and the bytes of an element
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {theirs: name for name, (theirs, _) in TYPES.items()}
+
+
+def type_of(dtype: torch.dtype | str) -> str:
+    """The format's name of a type of torch's, which may be given by its own name."""
+    return NAMES[str(dtype).removeprefix("torch.")]
+
+
+def nbytes_of(dtype: torch.dtype | str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor."""
+    return prod(shape) * TYPES[type_of(dtype)][1]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in a folder: which file holds it, its type and its shape."""
+    """One tensor in a folder: which file holds it, its type by the format's name, its shape, and where it begins."""
 
     file: str
-    dtype: torch.dtype
+    type: str
     shape: tuple[int, ...]
+    offset: int
 
     @property
     def nbytes(self) -> int:
         """Bytes of its data."""
-        return prod(self.shape) * self.dtype.itemsize
+        return prod(self.shape) * TYPES[self.type][1]
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A readable folder of safetensors: every tensor by name. No data is read before `read`."""
+    """A readable folder of safetensors: every tensor by name. No data is read before `read` or `stored`."""
 
     path: Path
     entries: dict[str, Entry]
@@ -64,6 +76,12 @@ class Folder:
         """The tensor `name`, in its own type."""
         with safe_open(self.path / self.entries[name].file, framework="pt") as f:
             return f.get_tensor(name)
+
+    def stored(self, name: str) -> Bytes:
+        """Its bytes, as they lie in the file."""
+        entry = self.entries[name]
+        with open(self.path / entry.file, "rb") as f:
+            return mapped(f.fileno(), entry.offset, entry.nbytes)
 
 
 def open_folder(path: Path) -> Folder:
@@ -85,16 +103,27 @@ def open_folder(path: Path) -> Folder:
         if not isinstance(file, str) or Path(file).name != file or not (path / file).is_file():
             raise FormatError(f"the shard {file} is missing", where=path, hint="download it again")
         try:
-            with safe_open(path / file, framework="pt") as f:
-                for name in f.keys():  # noqa: SIM118 (a safe_open object is not iterable)
-                    part = f.get_slice(name)
-                    entries[name] = Entry(file, DTYPES[part.get_dtype()], tuple(part.get_shape()))
+            with safe_open(path / file, framework="np"):  # the library's own checks of a header
+                entries |= _entries(path / file)
         except (SafetensorError, OSError) as e:
             raise FormatError(f"no readable safetensors file ({e})", where=path / file, hint="get it again") from None
         except KeyError as e:
-            known = " ".join(DTYPES)
+            known = " ".join(TYPES)
             raise FormatError(f"unknown tensor type {e}", where=path / file, hint=f"known: {known}") from None
     return Folder(path, entries)
+
+
+def _entries(path: Path) -> dict[str, Entry]:
+    """What the header of a file says; KeyError for a type that is not known."""
+    with open(path, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(length))
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, told in header.items():
+        TYPES[told["dtype"]]
+        entries[name] = Entry(path.name, told["dtype"], tuple(told["shape"]), 8 + length + told["data_offsets"][0])
+    return entries
 
 
 @dataclass(frozen=True)
@@ -120,7 +149,7 @@ class Layout:
         return sum(s.nbytes for s in self.shards) + len((self.index or "").encode())
 
 
-Spec = tuple[str, torch.dtype, tuple[int, ...]]  # name, type, shape
+Spec = tuple[str, Any, tuple[int, ...]]  # name, type (torch's, or its name), shape
 
 
 def layout_folder(tensors: Sequence[Spec], shard_bytes: int = SHARD_BYTES) -> Layout:
@@ -128,7 +157,7 @@ def layout_folder(tensors: Sequence[Spec], shard_bytes: int = SHARD_BYTES) -> La
     groups: list[list[Spec]] = [[]]
     room = shard_bytes
     for spec in tensors:
-        size = prod(spec[2]) * spec[1].itemsize
+        size = nbytes_of(spec[1], spec[2])
         if groups[-1] and size > room:
             groups.append([])
             room = shard_bytes
@@ -137,7 +166,7 @@ def layout_folder(tensors: Sequence[Spec], shard_bytes: int = SHARD_BYTES) -> La
     if len(groups) == 1:
         return Layout((_shard("model.safetensors", groups[0]),), None)
     names = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
-    total = sum(prod(shape) * dtype.itemsize for _, dtype, shape in tensors)
+    total = sum(nbytes_of(dtype, shape) for _, dtype, shape in tensors)
     where = {spec[0]: name for name, group in zip(names, groups, strict=True) for spec in group}
     index = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n"
     return Layout(tuple(_shard(n, g) for n, g in zip(names, groups, strict=True)), index)
@@ -147,9 +176,9 @@ def _shard(file: str, tensors: Sequence[Spec]) -> Shard:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begin, offsets = 0, {}
     # Wide types first, as the library does: every tensor then lies at a multiple of its element size.
-    for name, dtype, shape in sorted(tensors, key=lambda t: (-t[1].itemsize, t[0])):
-        size = prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, begin + size]}
+    for name, dtype, shape in sorted(tensors, key=lambda t: (-TYPES[type_of(t[1])][1], t[0])):
+        size = nbytes_of(dtype, shape)
+        header[name] = {"dtype": type_of(dtype), "shape": list(shape), "data_offsets": [begin, begin + size]}
         offsets[name] = begin
         begin += size
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -169,16 +198,15 @@ class FolderWriter:
         for shard in layout.shards:
             fd = os.open(path / shard.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             self._files[shard.file] = fd
-            _pwrite(fd, memoryview(shard.header), 0)
+            put(fd, memoryview(shard.header), 0)
             self._where |= {name: (shard.file, offset) for name, offset in shard.offsets.items()}
         if layout.index:
             (path / INDEX).write_text(layout.index)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor; its type and shape are those of the layout."""
+    def write(self, name: str, tensor: Any) -> None:
+        """Write one tensor, or the bytes of one; its type and shape are those of the layout."""
         file, offset = self._where.pop(name)
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        _pwrite(self._files[file], data.data, offset)
+        put(self._files[file], raw_bytes(tensor), offset)
 
     def __enter__(self) -> FolderWriter:
         return self
@@ -188,9 +216,3 @@ class FolderWriter:
             os.close(fd)
         if kind is None and self._where:
             raise RuntimeError(f"tensors were planned and never written: {', '.join(sorted(self._where)[:5])}")
-
-
-def _pwrite(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        done = os.pwrite(fd, data, offset)
-        data, offset = data[done:], offset + done

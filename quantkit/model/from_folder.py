@@ -7,15 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from quantkit import arch as families
 from quantkit.arch.facts import facts_of, stated
 from quantkit.arch.schema import Placed
 from quantkit.chat import ChatTemplate
 from quantkit.codecs.packed import AWQ_PARTS, COMPRESSED_PARTS, GPTQ_PARTS, unpack_awq, unpack_compressed, unpack_gptq
 from quantkit.errors import BadInput, FormatError, Unsupported
-from quantkit.files.safetensors import NAMES, Folder, open_folder
+from quantkit.files.safetensors import Folder, open_folder
+from quantkit.later import Tensor
 from quantkit.model.given import stated_config, with_template
 from quantkit.model.record import Model, Ref, transformers_config
 
@@ -85,13 +84,13 @@ def _dense_ref(folder: Folder, placed: Placed, _: Mapping[str, Any]) -> Ref:
     entry = folder.entries.get(placed.hf)
     if entry is None:
         raise BadInput(f"the tensor {placed.hf} is missing", where=folder.path, hint="the folder is not complete")
-    if entry.shape != placed.shape or not entry.dtype.is_floating_point:
+    if entry.shape != placed.shape or "F" not in entry.type:
         raise FormatError(
-            f"the tensor {placed.hf} is {NAMES[entry.dtype]} {entry.shape} where config.json asks for {placed.shape}",
+            f"the tensor {placed.hf} is {entry.type} {entry.shape} where config.json asks for {placed.shape}",
             where=folder.path,
             hint="the folder is damaged or mislabelled",
         )
-    return Ref(placed, NAMES[entry.dtype], entry.nbytes, lambda: folder.read(placed.hf).float())
+    return Ref(placed, entry.type, entry.nbytes, lambda: folder.read(placed.hf).float())
 
 
 def _packed_ref(

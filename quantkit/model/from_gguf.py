@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import numpy as np
 
 from quantkit import arch as families
 from quantkit.arch.schema import Architecture, Placed
 from quantkit.arch.tokenizer import tokenizer_files
 from quantkit.chat import ChatTemplate
-from quantkit.codecs import Rows, decode, decoded
+from quantkit.codecs import Bytes, Floats, decode, in_bytes
 from quantkit.errors import BadInput, FormatError, Unsupported
 from quantkit.files.gguf import GGUF, TensorInfo, read_gguf, stacked
+from quantkit.later import Tensor, torch
 from quantkit.model.given import laid_over
 from quantkit.model.record import Model, Ref
 
@@ -29,7 +31,7 @@ def open_gguf(path: Path, overrides: Sequence[str] = (), template: ChatTemplate 
     gguf, facts = laid_over(_with_stacks(read_gguf(path)), overrides, template)
     shapes = {n: t.shape for n, t in gguf.tensors.items()}
     arch = families.by_gguf(str(gguf.get("general.architecture")), gguf.get, where=str(path))
-    config = arch.config_from_gguf(gguf.get, shapes, lambda name: _decoded(gguf, name))
+    config = arch.config_from_gguf(gguf.get, shapes, lambda name: _numbers(gguf, name))
     ids = {f"{k}_token_id": gguf.get(f"tokenizer.ggml.{g}_token_id") for k, g in _SPECIAL.items()}
     ids = {k: int(v) for k, v in ids.items() if v is not None}
     config |= ids | {"pad_token_id": ids.get("pad_token_id")}  # transformers has defaults of its own for some families
@@ -90,21 +92,22 @@ def _gguf_ref(gguf: GGUF, info: TensorInfo, placed: Placed, config: Mapping[str,
     expert = placed.expert
     nbytes = info.nbytes if expert is None else info.nbytes // info.shape[0]
 
-    def raw() -> Tensor:
-        return gguf.raw(info.name) if expert is None else gguf.raw_matrix(info.name, expert)
+    def stored() -> Bytes:
+        return gguf.stored(info.name) if expert is None else gguf.stored_matrix(info.name, expert)
 
     def read() -> Tensor:
-        weight = decode(info.type, raw(), placed.shape)
+        weight = decode(info.type, torch.from_numpy(stored()), placed.shape)
         return layout.to_hf(weight, config) if layout else weight
 
-    def rows() -> Rows:
-        stored = raw().view(placed.shape[0], -1)
-        return decoded(info.type, layout.to_hf(stored, config) if layout else stored)  # of a matrix, it only moves rows
+    def rows() -> Bytes:
+        raw = stored().reshape(prod(placed.shape[:-1]), -1)
+        return layout.to_hf(raw, config) if layout else raw  # of a matrix, it only moves rows
 
     layout = placed.weight.layout
-    return Ref(placed, info.type, nbytes, read, rows if len(placed.shape) == 2 else None)
+    return Ref(placed, info.type, nbytes, read, rows if layout is None or len(placed.shape) == 2 else None)
 
 
-def _decoded(gguf: GGUF, name: str) -> Tensor:
+def _numbers(gguf: GGUF, name: str) -> Floats:
+    """A tensor that the configuration is made from, in one row."""
     info = gguf.tensors[name]
-    return decode(info.type, gguf.raw(name), info.shape)
+    return in_bytes(info.type, gguf.stored(name)[None])(slice(None), np.empty((1, prod(info.shape)), np.float32))[0]

@@ -9,26 +9,29 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from quantkit.arch.schema import Architecture, Placed
 from quantkit.arch.tokenizer import Tokenizer, load_tokenizer
 from quantkit.chat import ChatTemplate
-from quantkit.codecs import Rows
+from quantkit.codecs import Bytes, Rows, decoded
 from quantkit.errors import BadInput
 from quantkit.files.gguf import GGUF
+from quantkit.later import Tensor, torch
 from quantkit.model.hub import Pulled
 
 
 @dataclass(frozen=True)
 class Ref:
-    """One tensor of a model. `read()` gives it as float32 in HF's row order; `type` is how the source stores it."""
+    """One tensor of a model. `read()` gives it as float32 in HF's row order; `type` is how the source stores it.
+
+    Of a GGUF, `stored()` gives the very bytes (rows, row_bytes) in HF's row order, where they need only be moved; a
+    tensor of one dimension is one row.
+    """
 
     placed: Placed
     type: str
     nbytes: int
     read: Callable[[], Tensor]
-    open: Callable[[], Rows] | None = None  # a matrix whose rows can be read a slab at a time
+    stored: Callable[[], Bytes] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -37,7 +40,7 @@ class Ref:
 
     def rows(self) -> Rows:
         """The same, float32 in HF's row order, as rows that are read when they are asked for where that can be."""
-        return self.open() if self.open else in_rows(self.read())
+        return decoded(self.type, torch.from_numpy(self.stored())) if self.stored else in_rows(self.read())
 
 
 def in_rows(weight: Tensor) -> Rows:

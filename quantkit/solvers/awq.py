@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-
 from quantkit.codecs.grid import SHRINK, Grid, Quantized
 from quantkit.codecs.sharing import share_out, slabs
+from quantkit.later import Tensor, torch
 from quantkit.solvers.rtn import rounded, rtn
 from quantkit.stats import Stats, error
 

@@ -23,12 +23,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-import torch
-from torch import Tensor
-
 from quantkit.codecs.grid import Grid, Quantized
 from quantkit.codecs.sharing import one_each, share_out
 from quantkit.errors import BadInput
+from quantkit.later import Tensor, torch
 from quantkit.solvers.replay import replayed
 from quantkit.solvers.rtn import rtn, weighted
 from quantkit.stats import Stats, errors

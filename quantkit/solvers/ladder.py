@@ -16,12 +16,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
 from quantkit.codecs import Codec, decode, encode
 from quantkit.codecs.parts import Ladder, Parts
 from quantkit.errors import BadInput
+from quantkit.later import Tensor, torch
 from quantkit.solvers.gptq import Solution, aim, damped_factor, group_aware_order, one_thread
 from quantkit.stats import Stats, errors
 

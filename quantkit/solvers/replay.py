@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
+from quantkit.later import Tensor, torch
 
 Work = Callable[..., tuple[Tensor, ...]]
 

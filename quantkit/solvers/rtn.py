@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from quantkit.codecs.grid import Grid, Quantized
+from quantkit.later import Tensor, torch
 from quantkit.stats import Stats
 
 

@@ -10,13 +10,11 @@ import re
 from collections.abc import Iterator
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from quantkit.codecs.grid import Grid, Quantized
 from quantkit.codecs.packed import pack_awq
 from quantkit.errors import UsageError
 from quantkit.files.safetensors import Spec
+from quantkit.later import Tensor, torch
 from quantkit.model import Model
 from quantkit.solvers.awq import awq_round, awq_scale
 from quantkit.solvers.rtn import weighted

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 
-import torch
-from torch import Tensor
-
 from quantkit.codecs.grid import Quantized
 from quantkit.codecs.packed import pack_compressed
 from quantkit.files.safetensors import Spec
+from quantkit.later import Tensor, torch
 from quantkit.model import Model
 from quantkit.targets.grids import NAME, Asked, asked_of, solved_folder
 from quantkit.targets.target import Calibration, Choices, Family, Output, require_multiples

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from math import prod
 
-import torch
-
+from quantkit.later import torch
 from quantkit.model import Model
-from quantkit.targets.target import Calibration, Choices, Family, Output, Piece, Solved, dense_rows, folder_output
+from quantkit.targets.target import (
+    Calibration,
+    Choices,
+    Family,
+    Output,
+    Piece,
+    Solved,
+    dense_rows,
+    folder_output,
+    straight,
+)
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+TYPES = {"fp16": ("float16", "F16"), "bf16": ("bfloat16", "BF16"), "fp32": ("float32", "F32")}  # torch's name, ggml's
 
 
 def plan(match: re.Match[str], model: Model, calibration: Calibration | None, choices: Choices) -> Output:
     """A folder with every tensor as one float type; nothing is calibrated."""
     name = match[0].lower()
-    dtype = DTYPES[name]
+    dtype, kind = TYPES[name]
 
     def solve(piece: Piece) -> Iterator[Solved]:
         for tensor, ref in piece.refs.items():
-            yield dense_rows(tensor, piece.rows(tensor), ref.shape, dtype, piece.device)
+            if numbers := piece.numbers(tensor):
+                width = ref.shape[-1]
+                yield straight(tensor, tensor, kind, numbers, prod(ref.shape) // width, width)
+            else:
+                yield dense_rows(tensor, piece.rows(tensor), ref.shape, getattr(torch, dtype), piece.device)
 
     return folder_output(name, name, f"every tensor as {name}", model, {}, "cast", solve, dtype)
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
+from quantkit.later import Tensor, torch
 from quantkit.stats import Stats
 from quantkit.targets.target import Piece, scarce
 

@@ -10,23 +10,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
-import torch
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUFValueType, Keys
-from torch import Tensor
 
-from quantkit.codecs import Rows, decode, decoded, encode, lookup, share_out, slabs
+from quantkit.codecs import lookup
 from quantkit.errors import BadInput, UsageError
 from quantkit.files.gguf_set import SetLayout
 from quantkit.files.gguf_values import Value
 from quantkit.files.gguf_writer import Layout, layout_gguf, split_layout, tensor_nbytes
 from quantkit.files.imatrix import Imatrix, read_imatrix
-from quantkit.model import Model, in_rows
+from quantkit.model import Model
 from quantkit.targets.gguf_gptq import OUTER, compensated, known, solvable
 from quantkit.targets.gguf_metadata import metadata_of
+from quantkit.targets.gguf_tensors import encoded, held, importance_of
 from quantkit.targets.layers import require_matches
 from quantkit.targets.mixtures import MIXTURES, Shape, choose, file_type, kind_of, quantizable, requires_imatrix
 from quantkit.targets.target import (
@@ -37,9 +35,6 @@ from quantkit.targets.target import (
     Piece,
     Row,
     Solved,
-    finite,
-    recode,
-    weight_loss,
 )
 
 UNWEIGHTED = ("F32", "F16", "BF16", "Q8_0")  # types whose encoders have no use for importance
@@ -96,7 +91,7 @@ def plan_mixture(
         yield from compensated(piece, [r for r in rows if r.solver == "gptq"])
         for tensor, row in zip(tensors, rows, strict=True):
             if row.solver != "gptq" and tensor.parts[0] in piece.refs:
-                importance = _importance(piece, tensor, given, calibrated) if row.name in weighted else None
+                importance = importance_of(piece, tensor, given, calibrated) if row.name in weighted else None
                 solved = encoded(piece, tensor, row, importance)
                 yield known(piece, row, solved) if behind else solved
 
@@ -117,49 +112,6 @@ def plan_mixture(
     )
 
 
-@dataclass(frozen=True)
-class Held:
-    """One tensor of the new file: its name there, shape and present type, and the HF tensors it is made of.
-
-    These are one, or all experts of a stack, and are solved in one piece. A tensor that only a GGUF has is `computed`
-    and rides along with the embedding.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    type: str
-    parts: tuple[str, ...]
-    reads: tuple[str, ...] = ()  # the activation that each part is fed
-    computed: Tensor | None = None
-
-    @property
-    def source(self) -> str:
-        """Its one name among the source's tensors."""
-        return self.parts[0] if self.computed is None else self.name
-
-
-def held(model: Model) -> list[Held]:
-    """Every tensor of the new file: in the order of a GGUF source, or from a folder as the architecture's rows stand.
-
-    From a folder, what llama.cpp does not quantize becomes float32, as its own converter has it.
-    """
-    parts: dict[str, list[str]] = {}
-    for source, ref in model.tensors.items():
-        parts.setdefault(ref.placed.gguf, []).append(source)
-    made = {}
-    for name, sources in parts.items():
-        ref = model.tensors[sources[0]]
-        shape = ref.shape if ref.placed.expert is None else (len(sources), *ref.shape)
-        fed = tuple(a for s in sources if (a := model.tensors[s].placed.reads))
-        made[name] = Held(name, shape, ref.type, tuple(sources), fed)
-    embedding = next(iter(model.tensors))
-    for name, value in model.arch.computed(model.config).items():
-        made[name] = Held(name, tuple(value.shape), "F32", (embedding,), (), value)
-    if model.gguf is not None:
-        return [replace(made[n], type=t.type) for n, t in model.gguf.tensors.items()]
-    return [t if quantizable(t.name, t.shape) else replace(t, type="F32") for t in made.values()]
-
-
 def laid_out(
     stem: str, metadata: dict[str, Value], rows: list[Row], alignment: int, split_bytes: int | None
 ) -> tuple[str, Layout | SetLayout]:
@@ -178,8 +130,8 @@ def fitting_imatrix(path: Path, model: Model) -> Imatrix:
     shapes = {t.name: t.shape for t in held(model)}
     for name in imatrix.sums.keys() & shapes.keys():
         experts, columns = prod(shapes[name][:-2]), shapes[name][-1]
-        if imatrix.sums[name].numel() != experts * columns:
-            found = imatrix.sums[name].numel()
+        if imatrix.sums[name].size != experts * columns:
+            found = imatrix.sums[name].size
             what = f"its entry for {name} has {found:,} values where the tensor has {experts * columns:,} columns"
             raise BadInput(what, where=path, hint="give one of this very model")
     if not imatrix.sums.keys() & shapes.keys():
@@ -203,85 +155,6 @@ def readers(model: Model) -> dict[str, list[str]]:
         if ref.placed.reads:
             fed.setdefault(ref.placed.gguf, []).append(ref.placed.reads)
     return fed
-
-
-def _importance(piece: Piece, tensor: Held, given: Imatrix | None, calibrated: bool) -> Tensor | None:
-    if given:
-        return given.importance(tensor.name).reshape(-1, tensor.shape[-1])
-    stats = [piece.stats[name] for name in tensor.reads] if calibrated else []
-    return torch.stack([s.importance for s in stats]) if stats else None
-
-
-def encoded(piece: Piece, tensor: Held, row: Row, importance: Tensor | None) -> Solved:
-    """One tensor as bytes of its type in GGUF's row order, and the error that makes.
-
-    `importance` is (experts, width), one row for a matrix that is no stack of experts.
-    """
-    rows, width = gguf_rows(piece, tensor), row.shape[-1]
-    count = prod(row.shape) // width
-    if row.solver == "copy" and piece.model.gguf is not None:
-        read_through(rows, slabs(count, width))
-        return Solved(row.source, {row.name: piece.model.gguf.raw(row.name)}, None, 0.0)
-    try:
-        raw, loss = encode_rows(row.type, rows, count, width, importance, piece.device)
-    except BadInput as e:
-        raise BadInput(e.what, where=e.where or row.name, hint=e.hint) from e
-    if piece.stats and tensor.reads:
-        before, stats = rows(slice(0, count)).view(row.shape), [piece.stats[name] for name in tensor.reads]
-        loss = weight_loss(before, decode(row.type, raw, row.shape), *stats)
-    return Solved(row.source, {row.name: raw.flatten()}, None, loss)
-
-
-def read_through(rows: Rows, parts: list[slice]) -> None:
-    """Read every part for the check that reading makes, and keep none."""
-
-    def one(part: slice) -> None:
-        rows(part)
-
-    share_out(one, parts)
-
-
-def gguf_rows(piece: Piece, tensor: Held) -> Rows:
-    """The rows of the tensor, float32, as a GGUF lays them out, an expert's after another's.
-
-    Of a GGUF they are decoded as they lie there: HF's order and back again would end the same.
-    """
-    if piece.weights or piece.model.gguf is None:
-        return in_rows(gguf_order(piece, tensor))
-    row_bytes = lookup(tensor.type).row_bytes(tensor.shape[-1])
-    rows = decoded(tensor.type, piece.model.gguf.raw(tensor.name).view(-1, row_bytes))
-    return lambda part: finite(tensor.name, rows(part).to(piece.device))
-
-
-def gguf_order(piece: Piece, tensor: Held) -> Tensor:
-    """The tensor's values, float32, as a GGUF lays them out."""
-    if tensor.computed is not None:
-        return tensor.computed.to(piece.device)
-    placed = piece.refs[tensor.parts[0]].placed
-    if placed.expert is not None:
-        return torch.stack([piece.weight(p) for p in tensor.parts])
-    weight, layout = piece.weight(tensor.parts[0]), placed.weight.layout
-    return layout.to_gguf(weight, piece.model.config) if layout else weight
-
-
-def encode_rows(
-    kind: str, rows: Rows, count: int, width: int, importance: Tensor | None, device: torch.device
-) -> tuple[Tensor, float]:
-    """`count` rows as bytes (count, row_bytes), and the relative error of them.
-
-    They are those of as many experts as `importance` (experts, width) has rows, each with its own.
-    """
-    each = count // (1 if importance is None else len(importance))
-    parts = [part for first in range(0, count, each) for part in slabs(each, width, device, first)]
-    raw = torch.empty(count, lookup(kind).row_bytes(width), dtype=torch.uint8, device=device)
-    loss = recode(
-        rows,
-        parts,
-        lambda before, part: encode(kind, before, None if importance is None else importance[part.start // each]),
-        lambda made: decode(kind, made, (len(made), width)),
-        raw,
-    )
-    return raw, loss
 
 
 def shape_of(model: Model) -> Shape:

@@ -13,7 +13,8 @@ from math import prod
 from quantkit.errors import UsageError
 from quantkit.files.gguf_writer import tensor_nbytes
 from quantkit.model import Model
-from quantkit.targets.gguf import held, plan_mixture
+from quantkit.targets.gguf import plan_mixture
+from quantkit.targets.gguf_tensors import held
 from quantkit.targets.layers import first_rule
 from quantkit.targets.mixtures import MIXTURES, quantizable
 from quantkit.targets.target import Calibration, Choices, Family, Output

@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
 from quantkit.codecs import Codec, decode, lookup
+from quantkit.later import Tensor, torch
 from quantkit.solvers.gptq import Solution
 from quantkit.solvers.ladder import Encoded, ladder_gptq
 from quantkit.stats import Stats

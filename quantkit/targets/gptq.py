@@ -10,12 +10,10 @@ from __future__ import annotations
 import json
 import re
 
-import torch
-from torch import Tensor
-
 from quantkit.codecs.grid import Quantized
 from quantkit.codecs.packed import pack_gptq
 from quantkit.files.safetensors import Spec
+from quantkit.later import Tensor, torch
 from quantkit.model import Model
 from quantkit.solvers.gptq import DAMP
 from quantkit.targets.grids import NAME, Asked, asked_of, behind, solved_folder

@@ -12,12 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from quantkit.codecs.grid import Grid, Quantized
 from quantkit.errors import BadInput, UsageError
 from quantkit.files.safetensors import Spec
+from quantkit.later import Tensor, torch
 from quantkit.model import Model, Ref
 from quantkit.solvers.awq import awq_scale
 from quantkit.solvers.exact import exact

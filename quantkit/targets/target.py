@@ -14,17 +14,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from quantkit.codecs import Rows, share_out, slabs
+from quantkit.codecs import Numbers, Rows, in_bytes, native, recode, share_out, slabs
 from quantkit.errors import BadInput, UsageError
 from quantkit.files import gguf_set, gguf_writer, safetensors
+from quantkit.later import Device, Tensor, torch
 from quantkit.model import Model, Ref, in_rows
 from quantkit.stats import Stats, error
 from quantkit.targets.layers import LayerRule
 
-CPU = torch.device("cpu")
 SCARCE = 0.005  # of the calibration tokens: a Gram matrix of fewer says little of an expert
 
 
@@ -83,7 +80,7 @@ class Piece:
     refs: Mapping[str, Ref]
     weights: Mapping[str, Tensor]
     stats: Mapping[str, Stats]
-    device: torch.device = CPU
+    device: Device = "cpu"
     source: Mapping[str, Stats] = field(default_factory=dict)  # the source's beside others, for `Output.scaled`
 
     def weight(self, name: str) -> Tensor:
@@ -96,6 +93,13 @@ class Piece:
             return in_rows(self.weights[name])
         rows = self.refs[name].rows()
         return lambda part: finite(name, rows(part).to(self.device))
+
+    def numbers(self, name: str) -> Numbers | None:
+        """The same for libggml, where that does the work and the source's bytes are at hand; else None."""
+        ref = self.refs[name]
+        if name in self.weights or ref.stored is None or not native(self.device):
+            return None
+        return in_bytes(ref.type, ref.stored())
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class Solved:
     """
 
     source: str
-    parts: dict[str, Tensor]
+    parts: dict[str, Any]  # tensors, or arrays of their bytes
     value: Tensor | None
     loss: float
     log: dict[str, Any] = field(default_factory=dict)  # how a solver came to it, for the report
@@ -192,7 +196,7 @@ def finite(name: str, weight: Tensor) -> Tensor:
     return weight
 
 
-def recode(
+def recoded(
     rows: Rows,
     parts: Sequence[slice],
     encode: Callable[[Tensor, slice], Tensor],
@@ -285,11 +289,20 @@ def dense(name: str, weight: Tensor, dtype: torch.dtype) -> Solved:
     return dense_rows(name, in_rows(weight), tuple(weight.shape), dtype, weight.device)
 
 
-def dense_rows(name: str, rows: Rows, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Solved:
+def straight(source: str, name: str, kind: str, numbers: Numbers, rows: int, width: int, *importance: Any) -> Solved:
+    """A tensor of `rows` rows as bytes of type `kind`, by `codecs.recode`; an error names it as `name`."""
+    try:
+        raw, loss = recode(kind, numbers, rows, width, *importance)
+    except BadInput as e:
+        raise BadInput(e.what, where=e.where or name, hint=e.hint) from e
+    return Solved(source, {name: raw.reshape(-1)}, None, loss)
+
+
+def dense_rows(name: str, rows: Rows, shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> Solved:
     """The same of a tensor of `shape` whose rows are given."""
     width = shape[-1]
     out = torch.empty(prod(shape) // width, width, dtype=dtype, device=device)
-    loss = recode(
+    loss = recoded(
         rows,
         slabs(len(out), width, device),
         lambda before, _: cast(name, before, dtype),
@@ -307,7 +320,7 @@ def folder_output(
     parts: Mapping[str, Sequence[safetensors.Spec]],
     solver: str,
     solve: Callable[[Piece], Iterator[Solved]],
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     quantization: dict[str, Any] | None = None,
     extra: Mapping[str, str] | None = None,
     behind: bool = False,
@@ -321,7 +334,7 @@ def folder_output(
     rows, specs = [], []
     for name, ref in model.tensors.items():
         own = list(parts.get(name, [(name, dtype, ref.shape)]))
-        nbytes = sum(prod(shape) * d.itemsize for _, d, shape in own)
+        nbytes = sum(safetensors.nbytes_of(d, shape) for _, d, shape in own)
         kind, how = (target, "exact" if name in exact else solver) if name in parts else (plain, "cast")
         rows.append(Row(name, name, ref.shape, ref.type, kind, how, nbytes))
         specs += own
