@@ -214,12 +214,8 @@ def _compared(predictions: Predictor, reference: Reference | None, rows: slice, 
 
 def _kl(p: Tensor, q: Tensor, floor: float) -> Tensor:
     """KL(p || q) of log-probabilities (n, vocab) over those of p above `floor`, float64 (n,); q is used up."""
-    return (
-        torch.sub(p, q, out=q)
-        .mul_(nn.functional.threshold(p.exp(), math.exp(floor), 0.0, inplace=True))
-        .sum(1)
-        .double()
-    )
+    above = nn.functional.threshold(p.exp(), math.exp(floor), 0.0, inplace=True)
+    return torch.sub(p, q, out=q).mul_(above).sum(1).double()
 
 
 def summary(positions: Positions, chunks: int, ctx: int) -> Score:
