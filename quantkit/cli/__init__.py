@@ -12,7 +12,7 @@ import typer
 
 from quantkit.cli import advise, compare, convert, imatrix, inspect, perplexity
 from quantkit.errors import QuantkitError, Resumable
-from quantkit.later import torch
+from quantkit.later import torch, torch_is_there
 
 app = typer.Typer(
     name="quantkit",
@@ -42,12 +42,14 @@ def main() -> None:
         _fail(f"{e.format_message()} (see quantkit --help)", 2)
     except QuantkitError as e:
         _fail(str(e), e.exit_code)
-    except torch.OutOfMemoryError:
-        _fail("out of device memory; pass a shorter --seqlen, another --vram, or --device cpu", Resumable.exit_code)
     except MemoryError:
         _fail("out of memory; close other programs, or pass fewer --samples", Resumable.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; nothing was left half-written", 130)
+    except RuntimeError as e:
+        if not (torch_is_there() and isinstance(e, torch.OutOfMemoryError)):
+            raise
+        _fail("out of device memory; pass a shorter --seqlen, another --vram, or --device cpu", Resumable.exit_code)
     except BrokenPipeError:
         sys.exit(141)
 
