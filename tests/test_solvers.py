@@ -8,7 +8,7 @@ import torch
 from quantkit.codecs.grid import Grid, Quantized
 from quantkit.errors import BadInput
 from quantkit.solvers import gptq as solver
-from quantkit.solvers.awq import awq_round, awq_scale
+from quantkit.solvers.awq import awq_round, awq_scale, compensated
 from quantkit.solvers.gptq import damped_factor, group_aware_order
 from quantkit.solvers.rtn import rtn
 from quantkit.stats import Stats, error, errors
@@ -184,3 +184,15 @@ def test_statistics_merge_like_one_pass():
     assert torch.allclose(whole.act_scale, flat.abs().mean(0), rtol=1e-5)
     delta = weight()
     assert torch.allclose(error(delta, whole.gram), (flat @ delta.T).square().sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_that_gptq_chose_lose_less_under_gptq(symmetric):
+    """Columns of activations that differ in size: the exponent is not the one that rounding would choose."""
+    w, stats, grid = weight(), correlated(), Grid(4, G, symmetric)
+
+    def lost(scale: torch.Tensor) -> float:
+        return error(compensated(w * scale, stats.scaled(1 / scale), grid) / scale - w, stats.gram).item()
+
+    by_gptq, by_rounding = awq_scale(w, stats, grid, compensated), awq_scale(w, stats, grid)
+    assert lost(by_gptq) < lost(torch.ones(K)) and lost(by_gptq) <= lost(by_rounding)

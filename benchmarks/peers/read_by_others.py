@@ -1,13 +1,13 @@
 """Every packed output that quantkit writes, opened by readers that are not ours; their logits beside ours.
 
     python benchmarks/peers/read_by_others.py make made                     # toys and SmolLM2, every option
-    gptqmodel/bin/python benchmarks/peers/read_by_others.py read made --loader gptqmodel
+    TORCHDYNAMO_DISABLE=1 gptqmodel/bin/python benchmarks/peers/read_by_others.py read made --loader gptqmodel
     peer/bin/python benchmarks/peers/read_by_others.py read made --loader auto_round
 
 `read` prints one row for each output of a format that the reader takes: the largest difference of any logit from the
 same folder as quantkit dequantizes it, run by transformers in float32; and how far those weights run in fp16 are from
 that, which is what a reader that computes in half precision may be off. The environments are those of
-`score_folder.py`. Where a reader fails, its row holds the error.
+`score_folder.py`. Where a reader fails, its row holds the error. GPTQModel would compile a kernel for every layer.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def read(out: Path, loader: str, backend: str | None, only: str) -> None:
             nn.Module.float(model)  # transformers' own float() refuses a quantized model
             far = f"{(model.eval()(IDS).logits.float() - exact).abs().max().item():.2g}"
             far = f"{name} `{kind_of(model)}` | {far}"
-        except Exception as e:  # a reader's failure is a finding
+        except (Exception, SystemExit) as e:  # a reader's failure is a finding
             far = f"{loader} {kernel} | {type(e).__name__}: {str(e).strip().splitlines()[0][:150] if str(e) else ''}"
         print(f"| {folder.parent.name} | {folder.name} | {far} | {bound:.2g} |", flush=True)
 

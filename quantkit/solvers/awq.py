@@ -12,6 +12,7 @@ from collections.abc import Callable
 from quantkit.codecs.grid import SHRINK, Grid, Quantized
 from quantkit.codecs.sharing import share_out, slabs
 from quantkit.later import Tensor, torch
+from quantkit.solvers.gptq import gptq
 from quantkit.solvers.rtn import rounded, rtn
 from quantkit.stats import Stats, error
 
@@ -25,6 +26,11 @@ STRIDES = (4, 2, 1)  # how far apart those are that are tried, the first time ov
 def nearest(weight: Tensor, stats: Stats, grid: Grid) -> Tensor:
     """`weight` rounded to nearest; `stats` is not looked at."""
     return rtn(weight, None, grid).dequantize()
+
+
+def compensated(weight: Tensor, stats: Stats, grid: Grid) -> Tensor:
+    """`weight` as GPTQ leaves it in one pass, for a search whose scales GPTQ is to be used with."""
+    return gptq(weight, stats, grid, polishing=0).quantized.dequantize()
 
 
 def awq_scale(weight: Tensor, stats: Stats, grid: Grid, solve: Solve = nearest) -> Tensor:

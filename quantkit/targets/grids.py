@@ -17,7 +17,7 @@ from quantkit.errors import BadInput, UsageError
 from quantkit.files.safetensors import Spec
 from quantkit.later import Tensor, torch
 from quantkit.model import Model, Ref
-from quantkit.solvers.awq import awq_scale
+from quantkit.solvers.awq import awq_scale, compensated
 from quantkit.solvers.exact import exact
 from quantkit.solvers.gptq import by_activation, gptq, rounding
 from quantkit.stats import Stats
@@ -210,8 +210,3 @@ def solving(
             yield done(name, s.quantized, s.loss, s.log, folded)
 
     return solve
-
-
-def compensated(weight: Tensor, stats: Stats, grid: Grid) -> Tensor:
-    """`weight` as GPTQ leaves it in one pass: what a search for scales tries."""
-    return gptq(weight, stats, grid, polishing=0).quantized.dequantize()
