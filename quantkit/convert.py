@@ -19,7 +19,7 @@ from quantkit.errors import UsageError, VerifyError
 from quantkit.evaluate import Predictions, Score, predict, score
 from quantkit.files.atomic import require_space, staged, syncing
 from quantkit.files.imatrix import write_imatrix
-from quantkit.forward import Network, States, embed, network, readers, run, watching
+from quantkit.forward import EMBEDDING, Network, States, embed, network, readers, run, watching
 from quantkit.importance import Sums, imatrix_of, squares
 from quantkit.later import Device, Tensor, torch
 from quantkit.model import Model, Ref, open_model
@@ -96,6 +96,7 @@ class _Product:
     storing: Future[None] | None = None
     digests: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    embedding: Tensor | None = None  # as it is quantized, until what is behind it is known
 
     def settle(self) -> None:
         """Wait for what is being written, so that no more than one tensor is kept for it; raises what it raised."""
@@ -201,7 +202,9 @@ def _solve(
         yield from _each(products, Piece(model, {name: ref}, weights, stats, device))
         yield Progress(stage, done + 1, total)
     states = embed(net, calibration) if net and calibration is not None else None
-    rows = {p.output.target: prefix(states) for p in products if states and p.output.behind}
+    rows = {}
+    if net and states and calibration is not None:
+        rows = {p.output.target: _own_rows(p, net, states, calibration) for p in products if p.output.behind}
     shared = any(p.output.calibrated and (p.output.scaled or not p.output.behind) for p in products)
     for layer, (refs, weights) in enumerate(_blocks(model, device, held=states is not None)):
         before = prefix(states) if states and rows else None
@@ -235,6 +238,12 @@ def _blocks(model: Model, device: Device, held: bool) -> Iterator[tuple[dict[str
             yield refs, weights
 
 
+def _own_rows(p: _Product, net: Network, states: States, calibration: Tensor) -> States:
+    """The hidden states before the first block of an output: behind its own embedding, where that is quantized."""
+    embedding, p.embedding = p.embedding, None
+    return prefix(states) if embedding is None else embed(net, calibration, embedding)
+
+
 def _held(refs: Mapping[str, Ref], device: Device) -> dict[str, Tensor]:
     return {name: finite(name, ref.read().to(device)) for name, ref in refs.items()}
 
@@ -264,6 +273,8 @@ def _each(products: list[_Product], piece: Piece) -> Iterator[Event]:
         for solved in p.output.solve(piece):
             if isinstance(piece.stats, Inputs):
                 piece.stats.take(solved.source, solved.value if solved.unfolded is None else solved.unfolded)
+            elif solved.source == EMBEDDING and p.output.behind and rows[solved.source].solver != "cast":
+                p.embedding = solved.value
             p.settle()
             p.storing = p.thread.submit(_store, p, solved)
             seconds, start = time.perf_counter() - start, time.perf_counter()

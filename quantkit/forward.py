@@ -19,6 +19,7 @@ from quantkit.later import Device, Tensor, nn, no_grad, torch
 from quantkit.model import Model, Ref, transformers_config
 from quantkit.stats import Stats
 
+EMBEDDING = "model.embed_tokens.weight"  # by its HF name
 BATCH_TOKENS = 2048  # tokens through a block at once: enough for full matmul speed, little beside a block's weights
 
 
@@ -99,7 +100,7 @@ class Network:
     def head(self) -> Tensor:
         """The output matrix (vocab, hidden): the embedding itself where the two are tied."""
         tied = self.model.config.get("tie_word_embeddings")
-        return self.outer("model.embed_tokens.weight" if tied else "lm_head.weight")
+        return self.outer(EMBEDDING if tied else "lm_head.weight")
 
 
 def network(
@@ -160,8 +161,8 @@ class States:
 
 
 @no_grad
-def embed(net: Network, ids: Tensor) -> States:
-    """Token ids (n, T) -> the hidden states before the first block.
+def embed(net: Network, ids: Tensor, embedding: Tensor | None = None) -> States:
+    """Token ids (n, T) -> the hidden states before the first block, of the model's embedding or of one in its place.
 
     Masks and rotary embeddings are taken from a call with one sequence: all have the same length and no padding.
     """
@@ -172,7 +173,7 @@ def embed(net: Network, ids: Tensor) -> States:
         base.layers, base.norm = nn.ModuleList(notes), nn.Identity()
         base.rotary_emb = type(rotary)(config=base.config).to(net.device)
         net.set_buffers(base.embed_tokens)
-        net.filled(base.embed_tokens, {"weight": net.outer("model.embed_tokens.weight")})
+        net.filled(base.embed_tokens, {"weight": net.outer(EMBEDDING) if embedding is None else embedding})
         step = max(1, net.batch_tokens // ids.shape[1])
         hidden = torch.cat(
             [base(input_ids=part.to(net.device), use_cache=False).last_hidden_state.cpu() for part in ids.split(step)]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.errors import Unsupported
-from quantkit.forward import Network, States, embed, readers, run
+from quantkit.forward import EMBEDDING, Network, States, embed, readers, run
 from quantkit.later import Tensor, nn, torch
 from quantkit.stats import Stats, errors
 
@@ -54,7 +54,7 @@ def fisher(net: Network, ids: Tensor, seed: int) -> Iterator[tuple[str, Mapping[
             with net.block(layer) as block:
                 run(states, layer, block, net.device)
     head, grad = _head(net, states.hidden, seed)
-    yield "head", {"model.embed_tokens.weight" if _tied(net) else "lm_head.weight": head}
+    yield "head", {EMBEDDING if _tied(net) else "lm_head.weight": head}
     for layer in reversed(range(net.model.layers)):
         with net.block(layer) as block:
             found = _back(net, States(before.pop(), states.kwargs), grad, layer, block)
@@ -63,7 +63,7 @@ def fisher(net: Network, ids: Tensor, seed: int) -> Iterator[tuple[str, Mapping[
     stats = Stats.zeros(grad.shape[-1], net.device).add(grad.to(net.device) * scale)
     vocabulary = net.model.config["vocab_size"]
     alike = torch.full((vocabulary,), 1 / vocabulary, device=net.device)  # every token reads one row
-    yield "embedding", {"model.embed_tokens.weight": Fisher(alike, stats)}
+    yield "embedding", {EMBEDDING: Fisher(alike, stats)}
 
 
 def outer_statistics(net: Network, ids: Tensor, seed: int) -> dict[str, Stats]:
