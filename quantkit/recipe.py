@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from quantkit.codecs import CODECS
@@ -70,11 +70,18 @@ GGUF = "gguf"  # the target whose types are those of `layers`, or are chosen for
 
 
 class Layer(BaseModel):
-    """What is asked of the layers that a pattern names: a type of GGUF targets."""
+    """What is asked of the layers that a pattern names: a type of GGUF targets, or bits of GPTQ's and the like."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    type: TensorType
+    type: TensorType | None = None
+    bits: Literal[2, 3, 4, 8] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Layer:
+        if (self.type is None) == (self.bits is None):
+            raise ValueError("give a type (of GGUF targets) or bits (of GPTQ and compressed-tensors targets)")
+        return self
 
 
 class Recipe(BaseModel):
@@ -121,7 +128,8 @@ class Recipe(BaseModel):
             self.leave_output,
             int(size[:-1]) * {"M": 10**6, "G": 10**9}[size[-1]] if size else None,
             Path(self.imatrix) if self.imatrix else None,
-            tuple(LayerRule(pattern, layer.type) for pattern, layer in self.layers.items()),
+            tuple(LayerRule(pattern, type=layer.type) for pattern, layer in self.layers.items() if layer.type),
+            tuple(LayerRule(pattern, bits=layer.bits) for pattern, layer in self.layers.items() if layer.bits),
             self.solver,
             self.inputs,
         )

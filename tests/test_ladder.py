@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import gguf
 import pytest
@@ -14,6 +15,8 @@ from toy import toy_model, write_toy
 
 from quantkit.codecs import CODECS, decode, encode, ggml, lookup
 from quantkit.errors import BadInput
+from quantkit.forward import embed, network
+from quantkit.model import open_model
 from quantkit.solvers import ladder as solver
 from quantkit.solvers.ladder import ladder_gptq
 from quantkit.stats import Stats, error
@@ -126,6 +129,24 @@ def test_a_solved_file_comes_nearer_to_the_source(toys):
     blocks = [n for n in losses["ggml"] if n.startswith("blk.")]
     assert sum(losses["gptq"][n] for n in blocks) < 0.7 * sum(losses["ggml"][n] for n in blocks)
     assert toys["gptq"][1]["kl_divergence"]["mean"] < toys["ggml"][1]["kl_divergence"]["mean"]
+
+
+def test_calibration_begins_behind_the_embedding_as_it_is_written(tmp_path, monkeypatch):
+    """The rows before the first block are the ones that a reader of the file has there."""
+    source, begun = write_toy(tmp_path / "Toy.F16.gguf", toy_model(), T.F16), []
+
+    def noting(net, ids, *embedding):
+        states = embed(net, ids, *embedding)
+        begun.append((ids, states.hidden.clone()))  # they move on in place
+        return states
+
+    monkeypatch.setattr(sys.modules["quantkit.convert"], "embed", noting)
+    options = ("--to", "Q2_K", "--solver", "gptq", "--samples", 2, "--seqlen", 64, "--no-eval")
+    code, _, stderr = quantkit("convert", source, "-o", tmp_path / "out", *options)
+    assert code == 0, stderr
+    (ids, of_source), (_, own) = begun
+    made = network(open_model(tmp_path / "out" / "Toy-Q2_K.gguf"), torch.device("cpu"))
+    assert torch.equal(own, embed(made, ids).hidden) and not torch.equal(own, of_source)
 
 
 def toys_of(toys) -> list:

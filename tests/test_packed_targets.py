@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -90,6 +91,55 @@ def test_gptq_folders_say_what_they_hold(made, target):
         shuffled += bool((np.diff(group) < 0).any())
         assert len(set(np.bincount(group).tolist())) == 1
     assert shuffled == (21 if target.endswith("desc") else 0)
+
+
+@pytest.fixture(scope="module")
+def mixed(q4_1, tmp_path_factory) -> Path:
+    """Two folders of 4 bits, in which some matrices have 8, and those of one layer 3."""
+    home = tmp_path_factory.mktemp("mixed")
+    layers = "{'*.2.*.down_proj': {bits: 3}, '*.down_proj': {bits: 8}, '*.v_proj.weight': {bits: 8}}"
+    (home / "recipe.yaml").write_text(f"to: [gptq-4bit-64g, ct-4bit-64g]\nlayers: {layers}\n")
+    code, _, stderr = quantkit("convert", q4_1, "-o", home / "out", "--recipe", home / "recipe.yaml", *CALIBRATION)
+    assert code == 0, stderr
+    assert "7 matrices" not in stderr and "1 matrices with 3 bits, 5 matrices with 8 bits" in stderr
+    return home / "out"
+
+
+def bits_asked(module: str) -> int:
+    if module.endswith("down_proj"):
+        return 3 if ".2." in module else 8
+    return 8 if module.endswith("v_proj") else 4
+
+
+def test_each_matrix_has_the_bits_that_a_recipe_gives_it(mixed):
+    tensors = load_file(mixed / "gptq-4bit-64g" / "model.safetensors")
+    for stem in matrices(mixed / "gptq-4bit-64g", "qweight"):
+        codes, groups = tensors[f"{stem}.qweight"], tensors[f"{stem}.g_idx"]
+        assert 32 * len(codes) == bits_asked(stem) * len(groups), stem
+    dynamic = json.loads((mixed / "gptq-4bit-64g" / "quantize_config.json").read_text())["dynamic"]
+    assert [(re.fullmatch(r"\+:\^(.*)\$", regex)[1], own) for regex, own in dynamic.items()] == [
+        (r"model\.layers\.(?:2)\.mlp\.down_proj", {"bits": 3}),
+        (r"model\.layers\.(?:0|1|2)\.self_attn\.v_proj", {"bits": 8}),
+        (r"model\.layers\.(?:0|1)\.mlp\.down_proj", {"bits": 8}),
+    ]
+    weights = open_model(mixed / "gptq-4bit-64g").tensors
+    assert {r.type for n, r in weights.items() if "down_proj" in n} == {"GPTQ-3bit", "GPTQ-8bit"}
+
+
+def test_transformers_runs_a_folder_of_mixed_bits(mixed):
+    folder, ids = mixed / "ct-4bit-64g", torch.arange(2, 42)[None]
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+    assert torch.allclose(logits(folder, ids), theirs[:, 20:39], atol=2e-4)
+
+
+def test_rules_of_bits_are_held_against_the_matrices(q4_1, tmp_path):
+    for rule, says in (("*.down_prj: {bits: 8}", "matches no tensor"), ("x: {bits: 5}", "bits"), ("x: {}", "give a")):
+        (tmp_path / "r.yaml").write_text(
+            f"to: gptq\nlayers: {{'{rule.partition(':')[0]}': {rule.partition(':')[2]}}}\n"
+        )
+        code, _, stderr = quantkit("convert", q4_1, "-o", tmp_path / "out", "--recipe", tmp_path / "r.yaml")
+        assert code == 2 and says in stderr, stderr
 
 
 def test_every_solved_layer_is_in_the_log(made):

@@ -16,6 +16,7 @@ from quantkit.errors import BadInput, FormatError, Unsupported
 from quantkit.files.safetensors import Folder, open_folder
 from quantkit.later import Tensor
 from quantkit.model.given import stated_config, with_template
+from quantkit.model.mixed import compressed_settings, gptq_settings
 from quantkit.model.record import Model, Ref, transformers_config
 
 TOKENIZER_FILES = (
@@ -117,7 +118,8 @@ def _packed_ref(
 
 
 def _gptq_ref(folder: Folder, placed: Placed, quantization: Mapping[str, Any]) -> Ref:
-    bits = quantization.get("bits")
+    settings = gptq_settings(quantization, placed.hf.removesuffix(".weight"))
+    bits = settings.get("bits")
     if bits not in (2, 3, 4, 8):
         raise FormatError(f"bits is {bits!r}", where="quantization_config", hint="known: 2, 3, 4, 8")
     v2 = quantization.get("checkpoint_format", quantization.get("format")) == "gptq_v2"
@@ -132,13 +134,10 @@ def _awq_ref(folder: Folder, placed: Placed, quantization: Mapping[str, Any]) ->
 
 
 def _compressed_ref(folder: Folder, placed: Placed, quantization: Mapping[str, Any]) -> Ref:
-    groups = [*(quantization.get("config_groups") or {}).values()]
-    weights = groups[0].get("weights") or {} if len(groups) == 1 else {}
+    weights = compressed_settings(quantization, placed.hf.removesuffix(".weight"))
     bits = int(weights.get("num_bits") or 0)
     if quantization.get("format") != "pack-quantized" or weights.get("type") != "int" or bits not in range(2, 9):
-        raise Unsupported(
-            "only pack-quantized integers in one group of settings are read", where=folder.path, hint="see README"
-        )
+        raise Unsupported("only pack-quantized integers are read", where=folder.path, hint="see README")
     parts = COMPRESSED_PARTS if weights.get("symmetric", True) else (*COMPRESSED_PARTS, "weight_zero_point")
     return _packed_ref(folder, placed, f"CT-{bits}bit", parts, lambda found: unpack_compressed(found, bits, placed.hf))
 

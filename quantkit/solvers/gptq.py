@@ -17,8 +17,6 @@ A column that no calibration token reached has an all-zero row in H: it is round
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -216,17 +214,6 @@ def _reconsider(
         moved[k] += change
         left.addr_(own[k], change, alpha=-1)
     return chosen, best, moved
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One CPU thread for many small operations: waking a second one costs more than it does."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)
 
 
 def group_aware_order(importance: Tensor, group: int) -> Tensor:

@@ -10,6 +10,7 @@ Blocks are visited by falling diag(H), as the groups of `gptq` are. When a block
 Then `_descend` goes over the blocks again under the whole H. It is coordinate descent on tr(delta H delta^T): a row's
 d, dmin, one integer scale, one minimum or one code at a time, all else as it is. The error is a parabola in each, so
 the best value that the struct can hold is the one nearest to the vertex, and the error never grows.
+Rows are independent of one another: each thread solves its share of them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from dataclasses import dataclass, replace
 
 from quantkit.codecs import Codec, decode, encode
 from quantkit.codecs.parts import Ladder, Parts
+from quantkit.codecs.sharing import one_each, share_out
 from quantkit.errors import BadInput
 from quantkit.later import Tensor, torch
-from quantkit.solvers.gptq import Solution, aim, damped_factor, group_aware_order, one_thread
+from quantkit.solvers.gptq import Solution, aim, damped_factor, group_aware_order
 from quantkit.stats import Stats, errors
 
 DAMP = 0.15  # of the mean diagonal, added to the diagonal
@@ -79,15 +81,20 @@ def _by_ggml(weight: Tensor, stats: Stats, codec: Codec, damp: float, why: str) 
 def _solved(goal: Tensor, diagonal: Tensor, damped: Tensor, inverse: Tensor, codec: Codec) -> Encoded:
     importance = torch.where(diagonal == 0, diagonal.mean(), diagonal)  # unseen is not worthless: an average column
     order = group_aware_order(importance, codec.block)
-    with one_thread():
-        blocks = _greedy(goal, importance, order, torch.linalg.cholesky(inverse[order][:, order], upper=True), codec)
-        left = ((goal - torch.cat([b.values() for b in blocks]).T) @ damped).T.contiguous()  # minus half the gradient
+    upper = torch.linalg.cholesky(inverse[order][:, order], upper=True)
+
+    def solved(rows: slice) -> Tensor:
+        blocks = _greedy(goal[rows], importance, order, upper, codec)
+        missing = goal[rows] - torch.cat([b.values() for b in blocks]).T
+        left = (missing @ damped).T.contiguous()  # minus half the gradient
         for _ in range(ROUNDS):
             for i in (order[:: codec.block] // codec.block).tolist():
                 own = slice(i * codec.block, (i + 1) * codec.block)
                 moved = _descend(blocks[i], left[own].clone(), damped[own, own].contiguous())
                 left.addmm_(damped[own].T, moved, alpha=-1)
-        return Encoded(codec, torch.cat([codec.join(b.ladder.write(b.parts())) for b in blocks], 1))
+        return torch.cat([codec.join(b.ladder.write(b.parts())) for b in blocks], 1)
+
+    return Encoded(codec, torch.cat(share_out(solved, one_each(len(goal), goal.device), goal.device)))
 
 
 @dataclass

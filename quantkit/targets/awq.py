@@ -19,7 +19,7 @@ from quantkit.model import Model
 from quantkit.solvers.awq import awq_round, awq_scale
 from quantkit.solvers.rtn import weighted
 from quantkit.targets.folding import fold
-from quantkit.targets.grids import Asked, solved_folder
+from quantkit.targets.grids import Asked, of_stem, solved_folder
 from quantkit.targets.target import (
     Calibration,
     Choices,
@@ -56,8 +56,8 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
     wanted = Asked(4, group, False, False, f"4-bit with zero points, {why}")
     if choices.solver:
         return solved_folder(match[0].lower(), "awq", model, choices, wanted, _parts, _packed, config)
-    parts = {n: _parts(n.removesuffix(".weight"), r.shape, wanted) for n, r in linear(model).items()}
-    solve = partial(_solve, wanted.grid(group))
+    parts = {n: _parts(n, r.shape, wanted) for n, r in linear(model).items()}
+    solve = partial(_solve, wanted.grid("", group))
     return folder_output(match[0].lower(), "awq", wanted.why, model, parts, "awq", solve, torch.float16, config)
 
 
@@ -76,16 +76,16 @@ def _solve(grid: Grid, piece: Piece) -> Iterator[Solved]:
             q = awq_round(weight, stats, grid, scale.expand(weight.shape[1]))
         value, log = q.dequantize(), {"fallback": fallback} if fallback else {}
         loss = weight_loss(weight / scale, value / scale, stats)
-        yield Solved(name, _packed(name.removesuffix(".weight"), q), value, loss, log)
+        yield Solved(name, _packed(name, q), value, loss, log)
 
 
-def _packed(stem: str, q: Quantized) -> dict[str, Tensor]:
-    return {f"{stem}.{part}": t for part, t in pack_awq(q).items()}
+def _packed(name: str, q: Quantized, _: int = 4) -> dict[str, Tensor]:
+    return of_stem(name, pack_awq(q))
 
 
-def _parts(stem: str, shape: tuple[int, ...], asked: Asked) -> list[Spec]:
+def _parts(name: str, shape: tuple[int, ...], asked: Asked) -> list[Spec]:
     n, k = shape
-    groups = k // asked.grid(k).group
+    groups, stem = k // asked.grid(name, k).group, name.removesuffix(".weight")
     return [
         (f"{stem}.qweight", torch.int32, (k, n // 8)),
         (f"{stem}.qzeros", torch.int32, (groups, n // 8)),

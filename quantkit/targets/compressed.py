@@ -9,17 +9,18 @@ from quantkit.codecs.packed import pack_compressed
 from quantkit.files.safetensors import Spec
 from quantkit.later import Tensor, torch
 from quantkit.model import Model
-from quantkit.targets.grids import NAME, Asked, asked_of, solved_folder
-from quantkit.targets.target import Calibration, Choices, Family, Output, require_multiples
+from quantkit.model.mixed import config_groups
+from quantkit.targets.grids import NAME, Asked, asked_of, of_stem, solved_folder
+from quantkit.targets.target import Calibration, Choices, Family, Output, linear, require_multiples
 
 
 def plan(match: re.Match[str], model: Model, calibration: Calibration | None, choices: Choices) -> Output:
     """A pack-quantized folder, solved as GPTQ is; UsageError for a bit width, a group or a shape that does not fit."""
-    asked = asked_of(match, model)
+    asked = asked_of(match, model, choices)
     require_multiples(model, 32, 32, "compressed-tensors")
 
-    def pack(stem: str, q: Quantized) -> dict[str, Tensor]:
-        return {f"{stem}.{part}": t for part, t in pack_compressed(q, asked.bits, asked.symmetric).items()}
+    def pack(name: str, q: Quantized, bits: int) -> dict[str, Tensor]:
+        return of_stem(name, pack_compressed(q, bits, asked.symmetric))
 
     weights = {
         "num_bits": asked.bits,
@@ -33,21 +34,22 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": config_groups(weights, {n.removesuffix(".weight"): asked.bits_of(n) for n in linear(model)}),
         "ignore": ["lm_head", *(rf"re:.*\.{w.hf}$" for w in model.arch.block if w.kept)],
     }
     return solved_folder(match[0].lower(), "compressed-tensors", model, choices, asked, _parts, pack, config)
 
 
-def _parts(stem: str, shape: tuple[int, ...], asked: Asked) -> list[Spec]:
+def _parts(name: str, shape: tuple[int, ...], asked: Asked) -> list[Spec]:
     n, k = shape
-    groups = k // asked.grid(k).group
+    grid, stem = asked.grid(name, k), name.removesuffix(".weight")
+    groups = k // grid.group
     parts = [
-        (f"{stem}.weight_packed", torch.int32, (n, k * asked.bits // 32)),
+        (f"{stem}.weight_packed", torch.int32, (n, k * grid.bits // 32)),
         (f"{stem}.weight_scale", torch.float16, (n, groups)),
         (f"{stem}.weight_shape", torch.int64, (2,)),
     ]
-    zeros = (f"{stem}.weight_zero_point", torch.int32, (n * asked.bits // 32, groups))
+    zeros = (f"{stem}.weight_zero_point", torch.int32, (n * grid.bits // 32, groups))
     return parts if asked.symmetric else [*parts, zeros]
 
 

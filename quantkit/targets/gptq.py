@@ -15,19 +15,20 @@ from quantkit.codecs.packed import pack_gptq
 from quantkit.files.safetensors import Spec
 from quantkit.later import Tensor, torch
 from quantkit.model import Model
+from quantkit.model.mixed import dynamic
 from quantkit.solvers.gptq import DAMP
-from quantkit.targets.grids import NAME, Asked, asked_of, behind, solved_folder
-from quantkit.targets.target import Calibration, Choices, Family, Output, require_multiples
+from quantkit.targets.grids import NAME, Asked, asked_of, behind, of_stem, solved_folder
+from quantkit.targets.target import Calibration, Choices, Family, Output, linear, require_multiples
 
 
 def plan(match: re.Match[str], model: Model, calibration: Calibration | None, choices: Choices) -> Output:
     """A GPTQ folder; UsageError for a bit width, a group or a shape that no reader takes."""
-    asked = asked_of(match, model)
+    asked = asked_of(match, model, choices)
     require_multiples(model, 32, 32, "GPTQ")
     layout = "gptq" if asked.symmetric else "gptq_v2"
 
-    def pack(stem: str, q: Quantized) -> dict[str, Tensor]:
-        return {f"{stem}.{part}": t for part, t in pack_gptq(q, asked.bits, v2=not asked.symmetric).items()}
+    def pack(name: str, q: Quantized, bits: int) -> dict[str, Tensor]:
+        return of_stem(name, pack_gptq(q, bits, v2=not asked.symmetric))
 
     config = {
         "quant_method": "gptq",
@@ -43,18 +44,21 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
         "true_sequential": behind(model, choices),
         "damp_percent": DAMP,
     }
-    if routers := [w.hf.rpartition(".")[2] for w in model.arch.block if w.kept]:
-        config["dynamic"] = {rf"-:.*\.{name}$": {} for name in routers}  # GPTQModel's way to say what is left as it is
+    changed = dynamic({n.removesuffix(".weight"): asked.bits_of(n) for n in linear(model)}, asked.bits)
+    routers = [w.hf.rpartition(".")[2] for w in model.arch.block if w.kept]
+    if changed or routers:  # GPTQModel's way to say what is left as it is
+        config["dynamic"] = {rf"-:.*\.{name}$": {} for name in routers} | changed
     files = {"quantize_config.json": json.dumps(config, indent=2) + "\n"}
     return solved_folder(match[0].lower(), "gptq", model, choices, asked, _parts, pack, config, files)
 
 
-def _parts(stem: str, shape: tuple[int, ...], asked: Asked) -> list[Spec]:
+def _parts(name: str, shape: tuple[int, ...], asked: Asked) -> list[Spec]:
     n, k = shape
-    groups = k // asked.grid(k).group
+    grid, stem = asked.grid(name, k), name.removesuffix(".weight")
+    groups = k // grid.group
     return [
-        (f"{stem}.qweight", torch.int32, (k * asked.bits // 32, n)),
-        (f"{stem}.qzeros", torch.int32, (groups, n * asked.bits // 32)),
+        (f"{stem}.qweight", torch.int32, (k * grid.bits // 32, n)),
+        (f"{stem}.qzeros", torch.int32, (groups, n * grid.bits // 32)),
         (f"{stem}.scales", torch.float16, (groups, n)),
         (f"{stem}.g_idx", torch.int32, (k,)),
     ]

@@ -17,11 +17,13 @@ from quantkit.errors import BadInput, UsageError
 from quantkit.files.safetensors import Spec
 from quantkit.later import Tensor, torch
 from quantkit.model import Model, Ref
+from quantkit.model.mixed import compressed_settings, gptq_settings
 from quantkit.solvers.awq import awq_scale, compensated
 from quantkit.solvers.exact import exact
 from quantkit.solvers.gptq import by_activation, gptq, rounding
 from quantkit.stats import Stats
 from quantkit.targets.folding import Folded, fold
+from quantkit.targets.layers import LayerRule, first_rule, require_matches
 from quantkit.targets.target import (
     Choices,
     Output,
@@ -42,7 +44,7 @@ WITH_MINIMUM = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")  # a real number, not a 
 SCALED = "awq+gptq"  # the solver that scales columns first
 NAME = r"(?:-(?P<bits>\d+)bit)?(?:-(?P<group>\d+)g|-(?P<channel>pc))?(?P<asym>-asym)?"
 
-Pack = Callable[[str, Quantized], dict[str, Tensor]]
+Pack = Callable[[str, Quantized, int], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,27 @@ class Asked:
     symmetric: bool
     by_activation: bool
     why: str
+    rules: tuple[LayerRule, ...] = ()  # of single matrices
 
-    def grid(self, width: int) -> Grid:
+    def bits_of(self, name: str) -> int:
+        """The bits of one matrix, by its HF name."""
+        rule = first_rule(self.rules, name)
+        return rule.bits if rule else self.bits
+
+    def grid(self, name: str, width: int) -> Grid:
         """The grid of a matrix with `width` inputs."""
-        return Grid(self.bits, self.group or width, self.symmetric)
+        return Grid(self.bits_of(name), self.group or width, self.symmetric)
 
-    def holds(self, source: tuple[int, int] | None) -> bool:
-        """Whether it holds every weight of a symmetric source grid (bits, group)."""
+    def holds(self, name: str, source: tuple[int, int] | None) -> bool:
+        """Whether it holds every weight of a matrix that lies on a symmetric grid (bits, group) in the source."""
         if source is None or self.group is None or self.by_activation:
             return False
-        return source[0] <= self.bits and source[1] % self.group == 0
+        return source[0] <= self.bits_of(name) and source[1] % self.group == 0
 
 
-def asked_of(match: re.Match[str], model: Model) -> Asked:
+def asked_of(match: re.Match[str], model: Model, choices: Choices) -> Asked:
     """The grid that a target's name (`NAME`) asks for; UsageError where no reader takes it or no shape fits it."""
+    require_matches(choices.bits, linear(model))
     bits, asked = int(match["bits"] or 4), int(match["group"]) if match["group"] else None
     if bits not in BITS or (asked and asked not in GROUPS):
         raise UsageError(
@@ -79,32 +88,36 @@ def asked_of(match: re.Match[str], model: Model) -> Asked:
     group, why = fitting_group(model, asked)
     kind = "symmetric" if not match["asym"] else "with zero points"
     if match["channel"]:
-        return Asked(bits, None, not match["asym"], False, f"{bits}-bit {kind}, one group a channel")
+        return Asked(bits, None, not match["asym"], False, f"{bits}-bit {kind}, one group a channel", choices.bits)
     order = ", groups by importance" if by_importance else ""
-    return Asked(bits, group, not match["asym"], by_importance, f"{bits}-bit {kind}, {why}{order}")
+    return Asked(bits, group, not match["asym"], by_importance, f"{bits}-bit {kind}, {why}{order}", choices.bits)
 
 
 def source_grid(model: Model, ref: Ref) -> tuple[int, int] | None:
     """Bits and group of the symmetric grid on which a tensor of the source lies, if it does."""
     if ref.type in BLOCKS:
         return BLOCKS[ref.type]
-    config = model.config.get("quantization_config") or {}
+    config, module = model.config.get("quantization_config") or {}, ref.placed.hf.removesuffix(".weight")
     if ref.type.startswith("GPTQ") and config.get("sym") and not config.get("desc_act"):
-        return (config["bits"], config["group_size"]) if config["group_size"] > 0 else None
+        own = gptq_settings(config, module)
+        return (own["bits"], own["group_size"]) if own["group_size"] > 0 else None
     if ref.type.startswith("CT"):
-        weights = config["config_groups"]["group_0"]["weights"]
+        weights = compressed_settings(config, module)
         return (weights["num_bits"], weights["group_size"]) if weights["symmetric"] and weights["group_size"] else None
     return None
 
 
 def taken_over(model: Model, asked: Asked) -> frozenset[str]:
     """The matrices that the grid asked for holds exactly."""
-    return frozenset(n for n, r in linear(model).items() if asked.holds(source_grid(model, r)))
+    return frozenset(n for n, r in linear(model).items() if asked.holds(n, source_grid(model, r)))
 
 
 def note_of(model: Model, asked: Asked, family: str) -> str:
     """The choice in words, with what the source's own grid offers."""
     matrices = linear(model)
+    if own := Counter(bits for n in matrices if (bits := asked.bits_of(n)) != asked.bits):
+        told = ", ".join(f"{count} matrices with {bits} bits" for bits, count in sorted(own.items()))
+        return f"{asked.why}; {told}"
     kept, types = taken_over(model, asked), Counter(r.type for r in matrices.values())
     if kept:
         return f"{asked.why}; {len(kept)} of {len(matrices)} matrices taken over exactly, without calibration"
@@ -132,6 +145,12 @@ def _mixture(model: Model) -> bool:
     return any(r.placed.expert is not None for r in model.tensors.values())
 
 
+def of_stem(name: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of a matrix by the names that they have in a file."""
+    stem = name.removesuffix(".weight")
+    return {f"{stem}.{part}": t for part, t in parts.items()}
+
+
 def solved_folder(
     target: str,
     format: str,
@@ -143,7 +162,7 @@ def solved_folder(
     config: dict[str, Any],
     files: Mapping[str, str] | None = None,
 ) -> Output:
-    """A folder whose matrices are solved on the grid asked for; `parts` plans and `pack` lays out one, by its stem."""
+    """A folder whose matrices are solved on the grid asked for; `parts` plans and `pack` lays out one, by its name."""
     scaled = choices.solver == SCALED
     kept = frozenset() if scaled else taken_over(model, asked)
     note = asked.why if scaled else note_of(model, asked, "ct" if format == "compressed-tensors" else "gptq")
@@ -151,7 +170,7 @@ def solved_folder(
         note += "; columns scaled as AWQ does, then solved"
     if choices.inputs == "quantized" and _mixture(model):
         note += "; calibrated on the source's activations, as mixtures of experts are"
-    planned = {n: parts(n.removesuffix(".weight"), r.shape, asked) for n, r in linear(model).items()}
+    planned = {n: parts(n, r.shape, asked) for n, r in linear(model).items()}
     solve, solver = solving(asked, kept, pack, scaled), choices.solver or "gptq"
     below = behind(model, choices)
     output = folder_output(
@@ -163,7 +182,7 @@ def solved_folder(
 def solving(
     asked: Asked, kept: frozenset[str], pack: Pack, scaled: bool = False
 ) -> Callable[[Piece], Iterator[Solved]]:
-    """How an output on this grid solves a piece; `pack` lays out a matrix, given its stem, as parts to write.
+    """How an output on this grid solves a piece; `pack` lays out a matrix, of so many bits, as parts to write.
 
     `scaled`: with its columns scaled before, by the exponent that the solver itself does best with.
     """
@@ -171,7 +190,7 @@ def solving(
     def done(name: str, q: Quantized, loss: float, log: dict[str, object], folded: Folded) -> Solved:
         value = q.dequantize()
         undone = folded.undone(name, value) if scaled else None
-        return Solved(name, pack(name.removesuffix(".weight"), q), value, loss, log, undone)
+        return Solved(name, pack(name, q, asked.bits_of(name)), value, loss, log, undone)
 
     def solve(piece: Piece) -> Iterator[Solved]:
         groups = readers_of(piece)
@@ -183,14 +202,16 @@ def solving(
         for activation, names in groups.items():
             for name in (n for n in names if n in kept):
                 weight = piece.weight(name)
-                q = exact(weight, asked.grid(weight.shape[1]))
+                q = exact(weight, asked.grid(name, weight.shape[1]))
                 if q is None:
                     raise BadInput("does not lie on the grid of its type", where=name, hint="get the source again")
                 yield done(name, q, 0.0, {}, folded)
-            yield from solved(piece, activation, [n for n in names if n not in kept], folded)
+            for bits in dict.fromkeys(asked.bits_of(n) for n in names):
+                together = [n for n in names if n not in kept and asked.bits_of(n) == bits]
+                yield from solved(piece, activation, together, folded)
 
     def search(weights: Tensor, stats: Stats) -> Tensor:
-        return awq_scale(weights, stats, asked.grid(weights.shape[1]), compensated)
+        return awq_scale(weights, stats, asked.grid("", weights.shape[1]), compensated)
 
     def solved(piece: Piece, activation: str, names: list[str], folded: Folded) -> Iterator[Solved]:
         if not names:
@@ -198,7 +219,7 @@ def solving(
         weights, stats = torch.cat([folded.weights[n] for n in names]), piece.stats[activation]
         if scaled:
             stats = stats.scaled(1 / folded.column(names[0]))
-        grid = asked.grid(weights.shape[1])
+        grid = asked.grid(names[0], weights.shape[1])
         try:
             if why := scarce(piece, activation):
                 found = rounding(weights, stats, grid, why)

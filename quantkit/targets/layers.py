@@ -1,4 +1,4 @@
-"""Rules for single layers, from a recipe's `layers`: which type a tensor gets, by its name.
+"""Rules for single layers, from a recipe's `layers`: which type or how many bits a tensor gets, by its name.
 
 A pattern is held against the whole name that a tensor has in the output, with `.weight` and without; `*` stands for
 any characters. The first rule that matches counts; one that matches no tensor is an error.
@@ -20,7 +20,8 @@ class LayerRule:
     """What a recipe says of the layers whose names match `pattern`."""
 
     pattern: str
-    type: str  # of GGUF targets
+    type: str = ""  # of GGUF targets
+    bits: int = 0  # of GPTQ and compressed-tensors targets
 
     def matches(self, name: str) -> bool:
         """Whether `name`, or its stem without `.weight`, is one that the pattern means."""

@@ -38,7 +38,7 @@ class Calibration:
 class Choices:
     """What is asked of targets beside their names, as `llama-quantize` takes it; the defaults ask for nothing.
 
-    All but `inputs` and `solver` is for GGUF targets; see `targets.gguf` and `targets.mixtures`.
+    All but `bits`, `inputs` and `solver` are for GGUF targets; see `targets.gguf` and `targets.mixtures`.
     """
 
     output_type: str | None = None  # of output.weight, and of token_embd.weight where it is the output as well
@@ -48,7 +48,8 @@ class Choices:
     leave_output: bool = False  # output.weight stays as it is
     split_bytes: int | None = None  # the largest file of a set
     imatrix: Path | None = None  # in place of calibrating
-    layers: tuple[LayerRule, ...] = ()  # of single layers; go before all else
+    layers: tuple[LayerRule, ...] = ()  # types of single layers; go before all else
+    bits: tuple[LayerRule, ...] = ()  # bits of single layers, for GPTQ and compressed-tensors
     solver: str | None = None  # gptq: error compensation for GGUF types and AWQ; awq+gptq: of scaled columns
     inputs: str = "quantized"  # what solvers of packed folders are calibrated on: quantized (the prefix) or source
 
