@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.hardware import Machine
+from quantkit.errors import UsageError
+from quantkit.hardware import GIB, Machine
 from quantkit.memory import Need, Weights, in_ram, on_device, quantized_shapes, token_bytes
 from quantkit.model import Model
 
@@ -77,6 +78,24 @@ def fit(option: Option, ask: Ask, machine: Machine) -> Fit:
     fits = lambda ctx: _same_place(w, Ask(ctx, ask.kv, ask.batch), machine, where, layers)  # noqa: E731
     most = _largest(fits, trained) if where != "no" else 0
     return Fit(option, where, layers, device, host, most, _bounds(w, ask, machine, where, layers))
+
+
+def room(w: Weights, ask: Ask, machine: Machine, least_embedding: int) -> int:
+    """Bytes that the file of a model may have so that it runs wholly on the card, or in RAM where there is no card.
+
+    An untied embedding, of `least_embedding` bytes at least, does not go on the card. UsageError where the cache and
+    the buffers alone are too much.
+    """
+    if machine.vram is None:
+        need, memory, beside = in_ram(w, ask.context, ask.kv, ask.batch), machine.ram, 0
+    else:
+        need, memory = on_device(w, ask.context, ask.kv, ask.batch)[0], machine.vram
+        beside = 0 if w.config.get("tie_word_embeddings") else least_embedding
+    left = memory - (need.total - need.weights) + beside
+    if left <= 0:
+        what = f"the cache and buffers take {(need.total - need.weights) / GIB:.2f} GiB of {memory / GIB:.2f}"
+        raise UsageError(what, where="--context", hint="take a shorter one, or a --kv of q8_0 or q4_0")
+    return left
 
 
 def place(w: Weights, ask: Ask, machine: Machine) -> tuple[str, int | None]:

@@ -1,49 +1,59 @@
-"""A GGUF of exactly the size asked for: a type for every tensor, so that the file fits and the predicted KL is least.
+"""An output of exactly the size asked for: a type or bits for every tensor, so that it fits at the least predicted KL.
 
-`measure` encodes some rows of each tensor in every type that fits it and reads off its Fisher information what that
-does to the predictions (`sensitivity`). `allocate` then takes the type of least KL + price * bytes for every tensor, at
-the one price at which the file just fits (a Lagrangian trade-off: no other choice of that size has a lower sum), and
-spends the bytes that are left over on what they help most.
+`measure` tries every choice that there is for a tensor (`fit_types`) and reads off its Fisher
+information what that does to the predictions (`sensitivity`). `allocate` then takes the choice of least
+KL + price * bytes for every tensor, at the one price at which the output just fits (a Lagrangian trade-off: no other
+choice of that size has a lower sum), and spends the bytes that are left over on what they help most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
-from quantkit.codecs import decode, encode, lookup
 from quantkit.errors import UsageError
-from quantkit.files.gguf_writer import tensor_nbytes
 from quantkit.forward import Network
-from quantkit.later import Tensor, torch
+from quantkit.later import Tensor
 from quantkit.sensitivity import Fisher, fisher
-from quantkit.targets.gguf_tensors import Held, held
-from quantkit.targets.mixtures import quantizable
 
-ROWS = 128  # of a tensor that are encoded to measure a type by
-# What llama.cpp reads on every backend, and `--solver gptq` solves; by what divides the rows.
-TYPES = {
-    256: ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"),
-    32: ("IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
-    1: ("F16",),
-}
+
+@dataclass(frozen=True)
+class Trial:
+    """One choice for one matrix: for what item it is chosen, what it takes and what it costs, in nats a token."""
+
+    item: str  # several matrices may have to be of one kind
+    kind: str
+    nbytes: int
+    divergence: float
+
+
+# What can be tried of a matrix, by its HF name; of a tied one twice, as output matrix and as embedding.
+Choices = Callable[[str, Tensor, Fisher], Iterator[Trial]]
+
+
+@dataclass
+class _Tried:
+    """What was found of one kind for one item: bytes by matrix, and the sum of what it costs."""
+
+    nbytes: dict[str, int] = field(default_factory=dict)
+    divergence: float = 0.0
 
 
 @dataclass(frozen=True)
 class Option:
-    """A type that a tensor may have: what it takes and what it costs, in nats a token."""
+    """A type, or bits, that an item may have: what it takes and what it costs, in nats a token."""
 
     type: str
     nbytes: int
     divergence: float
 
 
-Table = Mapping[str, tuple[Option, ...]]  # by GGUF name
+Table = Mapping[str, tuple[Option, ...]]  # by item
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """The types chosen, by GGUF name, and the price at which: nats a token that one byte more must save."""
+    """The types chosen, by item, and the price at which: nats a token that one byte more must save."""
 
     options: Mapping[str, Option]
     price: float
@@ -59,37 +69,20 @@ class Fitted:
         return sum(o.divergence for o in self.options.values())
 
 
-def measure(net: Network, ids: Tensor, seed: int) -> Iterator[str | Table]:
-    """Token `ids` (n, T) once through the model and back: yields what is done, then every tensor's options."""
-    by_part = {t.parts[0]: t for t in held(net.model) if t.computed is None and quantizable(t.name, t.shape)}
-    kinds: dict[str, dict[str, float]] = {t.name: {} for t in by_part.values()}
-    for done, found in fisher(net, ids, seed):
-        for name, information in found.items():
-            tensor = by_part[name]
-            weight = net.model.tensors[name].read().to(net.device)
-            for kind, cost in _costs(tensor, weight, information, ids, by_block=done.startswith("block")):
-                kinds[tensor.name][kind] = kinds[tensor.name].get(kind, 0.0) + cost
+def measure(net: Network, ids: Tensor, seed: int, choices: Choices) -> Iterator[str | Table]:
+    """Token `ids` (n, T) once through the model and back: yields what is done, then every item's options."""
+    found: dict[str, dict[str, _Tried]] = {}
+    for done, part in fisher(net, ids, seed):
+        for name, information in part.items():
+            for t in choices(name, net.model.tensors[name].read().to(net.device), information):
+                tried = found.setdefault(t.item, {}).setdefault(t.kind, _Tried())
+                tried.nbytes[name] = t.nbytes
+                tried.divergence += t.divergence
         yield done
-    shapes = {t.name: t.shape for t in by_part.values()}
     yield {
-        name: tuple(Option(k, tensor_nbytes(name, shapes[name], k), max(cost, 0.0)) for k, cost in costs.items())
-        for name, costs in kinds.items()
+        item: tuple(Option(kind, sum(t.nbytes.values()), max(t.divergence, 0.0)) for kind, t in kinds.items())
+        for item, kinds in found.items()
     }
-
-
-def _costs(
-    tensor: Held, weight: Tensor, information: Fisher, ids: Tensor, by_block: bool
-) -> Iterator[tuple[str, float]]:
-    """Each type that fits the tensor, and the KL of rounding to it."""
-    rows = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight))).long()
-    if tensor.name == "token_embd.weight":  # rows as often as their tokens come
-        rows = ids.flatten()[:: max(1, ids.numel() // ROWS)].unique()
-    some = weight[rows.to(weight.device)]
-    importance = information.stats.importance if by_block else None
-    width = next(w for w in TYPES if weight.shape[1] % w == 0)
-    for kind in TYPES[width]:
-        made = decode(kind, encode(kind, some, importance if lookup(kind).block > 1 else None), tuple(some.shape))
-        yield kind, information.divergence(made - some, rows)
 
 
 def allocate(table: Table, budget: int) -> Fitted:

@@ -77,6 +77,11 @@ class Layer(BaseModel):
     type: TensorType | None = None
     bits: Literal[2, 3, 4, 8] | None = None
 
+    @classmethod
+    def of_bits(cls, bits: int) -> Layer:
+        """So many bits."""
+        return cls.model_validate({"bits": bits})
+
     @model_validator(mode="after")
     def _one_of_two(self) -> Layer:
         if (self.type is None) == (self.bits is None):

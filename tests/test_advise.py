@@ -238,6 +238,26 @@ def test_the_table_says_what_to_take(smollm2):
     assert code == 0 and "Nothing fits" in stdout
 
 
+def test_the_file_that_just_fits_is_made(tmp_path):
+    """Of a card with room for 1.2 MB of weights beside the cache; the embedding, which is untied, stays in RAM."""
+    source = write_toy(tmp_path / "Toy.F16.gguf", toy_model(), T.F16)
+    need, _ = on_device(weights_of("Toy", open_model(source)), 512, "f16")
+    mib = (need.total - need.weights + 1.2e6) / MIB
+    (tmp_path / "recipe.yaml").write_text("samples: 4\nseqlen: 64\neval_text: null\n")
+    options = ("--context", "512", "--vram", f"{mib:.4f}MiB")
+    out = tmp_path / "out"
+    code, _, stderr = quantkit("advise", source, *options, "--make", out, "--recipe", tmp_path / "recipe.yaml")
+    assert code == 0 and "weights may take" in stderr, stderr
+    (made,) = out.glob("*.gguf")
+    (variant,) = json.loads(quantkit("advise", made, *options, "--json")[1])["variants"]
+    assert variant["fits"] == "vram" and 0.9 * mib * MIB < variant["device"]["total"] <= mib * MIB
+    assert (out / "recipe.yaml").is_file()
+    code, _, stderr = quantkit("advise", source, "--context", "16k", "--vram", "10MiB", "--make", tmp_path / "no")
+    assert code == 2 and "cache and buffers take" in stderr and not (tmp_path / "no").exists()
+    code, _, stderr = quantkit("advise", source, "--context", "much")
+    assert code == 2 and "no number of tokens" in stderr
+
+
 def test_a_broken_variant_of_a_report_is_not_recommended(smollm2, tmp_path):
     out = tmp_path / "out"
     targets = ("--to", "Q8_0", "--to", "Q4_0")

@@ -91,11 +91,33 @@ def test_a_file_has_the_size_asked_for_and_its_recipe_repeats_it(source, tmp_pat
     assert (tmp_path / "two" / variant["path"]).read_bytes() == made.read_bytes()
 
 
+@pytest.mark.parametrize("target", ["gptq-4bit-32g", "ct-4bit-32g"])
+def test_a_packed_folder_has_the_bits_asked_for(source, tmp_path, target):
+    """Matrices of one activation have the same bits, and the recipe repeats the folder."""
+    common = ("--samples", 4, "--seqlen", 64, "--no-eval", "--json")
+    code, stdout, stderr = quantkit(
+        "convert", source, "-o", tmp_path / "one", "--to", target, "--target-bpw", 6.2, *common
+    )
+    assert code == 0, stderr
+    (variant,) = json.loads(stdout)["variants"]
+    assert 6 < variant["bits_per_weight"] <= 6.2  # to one more bit for the matrices of one activation
+    refs = open_model(tmp_path / "one" / target).tensors.values()
+    by_item: dict[tuple, set] = {}
+    for ref in (r for r in refs if r.placed.reads):
+        by_item.setdefault((ref.placed.layer, ref.placed.reads), set()).add(ref.type)
+    assert all(len(types) == 1 for types in by_item.values()) and len(set().union(*by_item.values())) > 1
+    code, _, stderr = quantkit("convert", source, "-o", tmp_path / "two", "--recipe", tmp_path / "one" / "recipe.yaml")
+    assert code == 0, stderr
+    one, two = (tmp_path / name / target / "model.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (("--to", "gguf"), "needs a type for it"),
-        (("--to", "Q4_K_M", "--target-size", "2MB"), "for the target gguf alone"),
+        (("--to", "Q4_K_M", "--target-size", "2MB"), "nothing to choose for a size"),
+        (("--to", "gptq", "--to", "gguf", "--target-size", "2MB"), "for one target alone"),
         (("--target-size", "2MB", "--target-bpw", "4"), "one size"),
         (("--target-size", "2 apples"), "no size such as"),
         (("--target-size", "0.1MB"), "the smallest types"),

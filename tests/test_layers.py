@@ -46,7 +46,8 @@ ALLOWED = {
     "memory": {"model", "targets"},
     "advise": {"hardware", "memory", "model"},
     "sensitivity": {"forward", "stats"},
-    "fit": {"codecs", "files", "forward", "sensitivity", "targets"},
+    "fit": {"forward", "sensitivity"},
+    "fit_types": {"codecs", "files", "fit", "forward", "model", "sensitivity", "solvers", "targets"},
     "report": {"cache", "convert", "corpus", "evaluate", "model", "recipe", "targets"},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,17 +11,30 @@ import typer
 from rich import box
 from rich.table import Table
 
-from quantkit.advise import Ask, Fit, Option, fit, recommend, runtime
+from quantkit.advise import Ask, Fit, Option, fit, recommend, room, runtime
+from quantkit.cli.convert import carry_out
 from quantkit.cli.options import SOURCE
-from quantkit.cli.show import out, size
+from quantkit.cli.show import err, out, size
 from quantkit.compare import block_bits, named, read_folder, verdict
 from quantkit.errors import UsageError
+from quantkit.files.gguf_writer import tensor_nbytes
+from quantkit.fit_types import types_of_width
+from quantkit.forward import EMBEDDING
 from quantkit.hardware import GIB, Machine, machine
 from quantkit.memory import KV_BYTES, weights_of, weights_of_output
 from quantkit.model import open_model
+from quantkit.recipe import load_recipe
 from quantkit.targets import Calibration, Choices, plan_output
 
 WORDS = {"vram": "wholly", "split": "split", "ram": "in RAM", "no": "does not fit"}
+
+
+def tokens(text: str | int) -> int:
+    """Tokens as they are named: 8192, or 16k, which is 16 x 1024."""
+    found = re.fullmatch(r"([1-9]\d{0,8})(k?)", str(text), re.ASCII | re.IGNORECASE)
+    if not found:
+        raise typer.BadParameter(f"{text!r} is no number of tokens such as 8192 or 16k")
+    return int(found[1]) * (1024 if found[2] else 1)
 
 
 def command(
@@ -29,12 +43,20 @@ def command(
         str | None, typer.Option(help="Such as 24GiB, or a card such as 'RTX 4090'; else this machine's own.")
     ] = None,
     ram: Annotated[str | None, typer.Option(help="Such as 64GiB; else this machine's own.")] = None,
-    context: Annotated[int, typer.Option(min=1, help="Tokens of context to run with.")] = 8192,
+    context: Annotated[
+        int, typer.Option(parser=tokens, metavar="TOKENS", help="Tokens of context to run with: 8192, 16k.")
+    ] = 8192,
     kv: Annotated[str, typer.Option(help="The cache's type: f16, q8_0 or q4_0.")] = "f16",
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once, each with that context.")] = 1,
     types: Annotated[
         list[str] | None,
         typer.Option("--type", help="Predict a target of the one model named, unmade: Q4_K_M. (again)"),
+    ] = None,
+    make: Annotated[
+        Path | None, typer.Option(help="Make the GGUF of the one model named that just fits, in this folder.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Of --make: a YAML file with its calibration and all else.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -42,6 +64,9 @@ def command(
     if kv not in KV_BYTES:
         raise UsageError(f"unknown type {kv!r} of a cache", where="--kv", hint=f"known: {', '.join(KV_BYTES)}")
     place = machine(vram, ram)
+    if make:
+        _make(models, Ask(context, kv, batch), place, make, recipe, as_json)
+        return
     options = _predicted(models, types) if types else _made(models)
     fits = [fit(o, Ask(context, kv, batch), place) for o in options]
     fits.sort(key=lambda f: -f.option.weights.nbytes)
@@ -62,6 +87,20 @@ def command(
         each = ", ".join(f"{_speed(bound)} ({name})" for name, bound in best.bounds)
         out.print(f"tokens/s at most, from bytes a token and memory bandwidth alone: {each}", soft_wrap=True)
     out.print(f"Take {best.option.weights.name}: {reason}.", soft_wrap=True)
+
+
+def _make(models: list[str], ask: Ask, place: Machine, output: Path, recipe: str | None, as_json: bool) -> None:
+    """Convert the one model to a GGUF that takes all the memory the rest leaves, of the types of least predicted KL."""
+    if len(models) != 1:
+        raise UsageError(f"{len(models)} models", where="--make", hint="name the one to convert")
+    model = open_model(models[0])
+    shape = model.tensors[EMBEDDING].shape
+    embedding = tensor_nbytes("token_embd.weight", shape, types_of_width(shape[1])[0])
+    nbytes = room(weights_of(model.name, model), ask, place, embedding)
+    err.print(f"weights may take {nbytes / GIB:.2f} GiB beside {ask.context:,} tokens of {ask.kv} cache")
+    settings = load_recipe(recipe, {"target_size": f"{nbytes // 1000 / 1000:.3f}MB"})
+    settings = settings.model_copy(update={"solver": settings.solver or "gptq"})
+    carry_out(model, settings, output, force=False, as_json=as_json)
 
 
 def _made(models: list[str]) -> list[Option]:

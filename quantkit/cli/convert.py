@@ -43,8 +43,8 @@ def command(
     vram: Annotated[str | None, typer.Option(help="The most to take of a CUDA device: 24GiB.")] = None,
     override: Annotated[list[str] | None, typer.Option(help=OVERRIDE)] = None,
     chat_template: Annotated[str | None, typer.Option(help=CHAT_TEMPLATE)] = None,
-    target_size: Annotated[str | None, typer.Option(help="A GGUF of this size (22GiB), of the best types.")] = None,
-    target_bpw: Annotated[float | None, typer.Option(help="A GGUF of so many bits a weight.")] = None,
+    target_size: Annotated[str | None, typer.Option(help="One target of this size (22GiB).")] = None,
+    target_bpw: Annotated[float | None, typer.Option(help="One target of so many bits a weight.")] = None,
     solver: Annotated[
         str | None, typer.Option(help="gptq: for GGUF and AWQ too. awq+gptq: scale columns first.")
     ] = None,
@@ -92,13 +92,19 @@ def command(
     settings = load_recipe(recipe, options)
     left_out = {"eval_text": no_eval, "calibration": no_calibration}
     settings = settings.model_copy(update={field: None for field, out_of_it in left_out.items() if out_of_it})
-    where = place_of(settings.device)
     model = open_model(source, settings.override, settings.chat_template)
+    if dry_run:
+        where = place_of(settings.device)
+        _show_plan(make_plan(model, fitted(model, settings, where), where), as_json)
+    else:
+        carry_out(model, settings, output, force, as_json)
+
+
+def carry_out(model: Model, settings: Recipe, output: Path, force: bool, as_json: bool) -> None:
+    """Convert a model as a recipe has it, and show what came of it; VerifyError where an output failed its check."""
+    where = place_of(settings.device)
     settings = fitted(model, settings, where)
     plan = make_plan(model, settings, where)
-    if dry_run:
-        _show_plan(plan, as_json)
-        return
     claim(output, plan, force)
     if settings.vram:
         limit_device(torch.device(where), target_bytes(settings.vram))
@@ -160,7 +166,7 @@ def _run(
     )
     with staged(output / "report.json", replace=True) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n")
-    if GGUF in settings.to:
+    if GGUF in settings.to or settings.layers:
         write_recipe(settings, output / "recipe.yaml")
     pictures = illustrate_conversion(model, record, output, scores, words, chunks, device)
     if solved := layers_csv(variants):
