@@ -94,6 +94,9 @@ def make_plan(model: Model, recipe: Recipe, device: Device, rows: int | None = N
     calibration = Calibration(text, rows or recipe.samples, recipe.seqlen) if text else None
     choices = recipe.choices()
     outputs = tuple(plan_output(name, model, calibration, choices) for name in recipe.to)
+    if choices.bits and not any(o.format in ("gptq", "compressed-tensors") for o in outputs):
+        hint = "name a GPTQ or compressed-tensors target, or give types"
+        raise UsageError("no target has bits of single layers", where="layers", hint=hint)
     if calibration is None and (needy := [o.target for o in outputs if o.calibrated]):
         raise UsageError("needs a calibration text", where=needy[0], hint="do without --no-calibration")
     batch, working = _batch(model, recipe, device, outputs)

@@ -140,6 +140,9 @@ def test_rules_of_bits_are_held_against_the_matrices(q4_1, tmp_path):
         )
         code, _, stderr = quantkit("convert", q4_1, "-o", tmp_path / "out", "--recipe", tmp_path / "r.yaml")
         assert code == 2 and says in stderr, stderr
+    (tmp_path / "r.yaml").write_text("to: Q4_K_M\nlayers: {'*': {bits: 8}}\n")
+    code, _, stderr = quantkit("convert", q4_1, "-o", tmp_path / "out", "--recipe", tmp_path / "r.yaml")
+    assert code == 2 and "no target has bits" in stderr
 
 
 def test_every_solved_layer_is_in_the_log(made):
