@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 from synthetic import Size, write
 
-from quantkit import Recipe, device_of, make_plan, open_model, prefix
+from quantkit import Recipe, device_of, make_plan, open_model, prefix, walk
 from quantkit.codecs import encode
 from quantkit.errors import UsageError
 from quantkit.forward import limit_device
@@ -100,7 +100,7 @@ class Clock:
 
 
 PARTS = (  # where a block's time goes: what is watched, and what it is called
-    (convert, "_statistics", "the source's forward pass"),
+    (walk, "_statistics", "the source's forward pass"),
     (prefix.Inputs, "_measured", "forward passes behind the prefix, and statistics"),
     (prefix.Inputs, "advance", "the output's forward pass"),
     (grids, "gptq", "solving"),

@@ -4,7 +4,8 @@
     python benchmarks/solvers.py SmolLM2.gguf cal.txt test.txt --ladder
 
 The peer gets the same token rows and our fp16 folder; it is given its own environment and GPTQMODEL_CPU_WORKERS=2.
-`--ladder` times five targets from one `convert` against the GPTQ target alone.
+`--ladder` times five targets from one `convert` against the GPTQ target alone. With `--keep FOLDER` nothing there is
+made again, so that a run may be taken up where it was left; `--no-scores` leaves scoring to such a later run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 from measured import Cost, run
@@ -44,28 +48,35 @@ def converted(args: argparse.Namespace, out: Path, targets: tuple[str, ...]) -> 
     """What one conversion without scores takes."""
     named = [f"--to={t}" for t in targets]
     command = [*QUANTKIT, "convert", args.source, "-o", out, *named, *SHAPE, "--calibration", args.calibration]
-    return told(", ".join(targets), run([*command, "--no-eval"]))
+    return once(", ".join(targets), out, lambda: run([*command, "--no-eval"]))
 
 
-def told(what: str, cost: Cost) -> Cost:
-    """The cost, printed as soon as it is known."""
+def once(what: str, out: Path, make: Callable[[], Cost]) -> Cost:
+    """The cost of making `out`, told as soon as it is known, and noted beside it for the next time."""
+    note = out.parent / f"{out.name}.json"
+    if not note.exists():
+        cost = make()
+        note.write_text(json.dumps(asdict(cost)))
+    cost = Cost(**json.loads(note.read_text()))
     print(f"{what}: {cost.wall:.0f} s, {cost.cpu:.0f} CPU s, {cost.peak >> 20} MiB", flush=True)
     return cost
 
 
 def against_peer(args: argparse.Namespace, scratch: Path, target: str) -> None:
     """One row for ours, and one for the peer's where it is there: both are timed before either is scored."""
-    scratch.mkdir()
+    scratch.mkdir(exist_ok=True)
     made = {"quantkit": (converted(args, scratch / "ours", (target,)), scratch / "ours" / target)}
     if args.peer:
-        made["GPTQModel"] = told("GPTQModel", by_peer(args, scratch, target)), scratch / "theirs"
+        theirs = scratch / "theirs"
+        made["GPTQModel"] = once("GPTQModel", theirs, lambda: by_peer(args, scratch, target)), theirs
     for by, (cost, folder) in made.items():
-        print(f"| {target} | {by} | {cost.wall:.0f} | {cost.cpu:.0f} | {scored(folder, args)} |", flush=True)
+        score = "" if args.no_scores else scored(folder, args)
+        print(f"| {target} | {by} | {cost.wall:.0f} | {cost.cpu:.0f} | {score} |", flush=True)
 
 
 def by_peer(args: argparse.Namespace, scratch: Path, target: str) -> Cost:
     """What the peer's whole command takes, on the same token rows and our fp16 folder."""
-    run([*QUANTKIT, "convert", args.source, "-o", scratch / "plain", "--to", "fp16", "--no-eval"])
+    run([*QUANTKIT, "convert", args.source, "-o", scratch / "plain", "--to", "fp16", "--no-eval", "--force"])
     model = open_model(args.source)
     rows = calibration_batch(load_text(args.calibration), model.tokenizer(), int(SHAPE[1]), int(SHAPE[3]), 0)
     (scratch / "rows.json").write_text(json.dumps(rows.tolist()))
@@ -83,16 +94,20 @@ def main() -> None:
     parser.add_argument("--peer", help="the Python of an environment that has GPTQModel")
     parser.add_argument("--only", choices=TARGETS, help="one row, and not all of them")
     parser.add_argument("--ladder", action="store_true")
+    parser.add_argument("--keep", help="a folder for what is made, which is not made again where it is there")
+    parser.add_argument("--no-scores", action="store_true")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() if args.keep is None else nullcontext(args.keep) as folder:
+        scratch = Path(folder)
+        scratch.mkdir(exist_ok=True)
         if args.ladder:
-            alone = converted(args, Path(folder) / "alone", LADDER[1:2])
-            five = converted(args, Path(folder) / "all", LADDER)
+            alone = converted(args, scratch / "alone", LADDER[1:2])
+            five = converted(args, scratch / "all", LADDER)
             print(f"five targets over one: {five.wall / alone.wall:.2f}, in CPU seconds {five.cpu / alone.cpu:.2f}")
             return
         print("| target | by | wall s | CPU s | perplexity | mean KL |\n|---|---|---|---|---|---|", flush=True)
         for target in [args.only] if args.only else TARGETS:
-            against_peer(args, Path(folder) / target, target)
+            against_peer(args, scratch / target, target)
 
 
 if __name__ == "__main__":

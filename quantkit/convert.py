@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,18 @@ from quantkit.errors import UsageError, VerifyError
 from quantkit.evaluate import Predictions, Score, predict, score
 from quantkit.files.atomic import require_space, staged, syncing
 from quantkit.files.imatrix import write_imatrix
-from quantkit.forward import EMBEDDING, Network, States, embed, network, readers, run, watching
+from quantkit.forward import EMBEDDING, Network, States, embed, network
 from quantkit.importance import Sums, imatrix_of, squares
 from quantkit.later import Device, Tensor, torch
-from quantkit.model import Model, Ref, open_model
+from quantkit.model import Model, open_model
 from quantkit.plan import Plan
-from quantkit.prefix import Inputs, Kept, prefix
+from quantkit.prefix import Inputs, prefix
 from quantkit.seal import check_seals, seal
 from quantkit.sensitivity import outer_statistics
-from quantkit.stats import Stats
 from quantkit.targets import Output, Piece, Row, Solved
 from quantkit.targets.gguf import IMATRIX_FILE
-from quantkit.targets.target import finite
 from quantkit.verify import digest, verify
+from quantkit.walk import held, walk
 
 OUTER_ROWS = 8  # calibration rows that are run back as well, for statistics of embedding and output matrix
 
@@ -197,7 +196,7 @@ def _solve(
     if net and calibration is not None and any(p.output.outer for p in products):
         known = outer_statistics(net, calibration[:OUTER_ROWS], seed=0)
     for done, (name, ref) in enumerate(outer):
-        weights = _held({name: ref}, device) if calibration is not None else {}
+        weights = held({name: ref}, device) if calibration is not None else {}
         stats = {name: known[name]} if name in known else {}
         yield from _each(products, Piece(model, {name: ref}, weights, stats, device))
         yield Progress(stage, done + 1, total)
@@ -206,63 +205,22 @@ def _solve(
     if net and states and calibration is not None:
         rows = {p.output.target: _own_rows(p, net, states, calibration) for p in products if p.output.behind}
     shared = any(p.output.calibrated and (p.output.scaled or not p.output.behind) for p in products)
-    for layer, (refs, weights) in enumerate(_blocks(model, device, held=states is not None)):
-        before = prefix(states) if states and rows else None
-        kept = Kept()
-        stats = _statistics(net, states, layer, weights, shared, kept if rows else None) if net and states else {}
+    for step in walk(model, net, states, device, shared, bool(rows)):
         others = [p for p in products if p.output.target not in rows]
-        yield from _each(others, Piece(model, refs, weights, stats, device))
+        yield from _each(others, Piece(model, step.refs, step.weights, step.stats, device))
         for p in products:
-            if net and before and p.output.target in rows:
-                inputs = Inputs(net, layer, before, rows[p.output.target], weights, kept)
-                yield from _each([p], Piece(model, refs, weights, inputs, device, stats))
+            if net and step.before and p.output.target in rows:
+                inputs = Inputs(net, step.layer, step.before, rows[p.output.target], step.weights, step.kept)
+                yield from _each([p], Piece(model, step.refs, step.weights, inputs, device, step.stats))
                 inputs.advance()
-        sums |= squares(layer, stats)
-        yield Progress(stage, len(outer) + layer + 1, total)
-
-
-def _blocks(model: Model, device: Device, held: bool) -> Iterator[tuple[dict[str, Ref], dict[str, Tensor]]]:
-    """The blocks in order, by HF name, with all their weights where they are `held`.
-
-    While one is worked on, the next is read into CPU memory.
-    """
-    blocks = [{ref.placed.hf: ref for ref in model.block(layer).values()} for layer in range(model.layers)]
-    if not held:
-        yield from ((refs, {}) for refs in blocks)
-        return
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(_held, blocks[0], "cpu")
-        for refs, following in zip(blocks, [*blocks[1:], {}], strict=True):
-            weights = {name: w.to(device) for name, w in coming.result().items()}
-            coming = reader.submit(_held, following, "cpu")
-            yield refs, weights
+        sums |= squares(step.layer, step.stats)
+        yield Progress(stage, len(outer) + step.layer + 1, total)
 
 
 def _own_rows(p: _Product, net: Network, states: States, calibration: Tensor) -> States:
     """The hidden states before the first block of an output: behind its own embedding, where that is quantized."""
     embedding, p.embedding = p.embedding, None
     return prefix(states) if embedding is None else embed(net, calibration, embedding)
-
-
-def _held(refs: Mapping[str, Ref], device: Device) -> dict[str, Tensor]:
-    return {name: finite(name, ref.read().to(device)) for name, ref in refs.items()}
-
-
-def _statistics(
-    net: Network, states: States, layer: int, weights: dict[str, Tensor], wanted: bool, kept: Kept | None
-) -> dict[str, Stats]:
-    """Move `states` behind a block; the statistics of its activations where an output wants the source's.
-
-    `kept`: for the activations themselves, where an output is calibrated behind its own blocks.
-    """
-    prefix = f"model.layers.{layer}."
-    with (
-        net.block(layer, {n.removeprefix(prefix): w for n, w in weights.items()}) as block,
-        watching(block, readers(net.model) if wanted else {}, net.device) as stats,
-        kept.watching(block, readers(net.model).values()) if kept else nullcontext(),
-    ):
-        run(states, layer, block, net.device)
-    return stats
 
 
 def _each(products: list[_Product], piece: Piece) -> Iterator[Event]:

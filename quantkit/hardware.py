@@ -6,6 +6,7 @@ upper bound of what a program gets. That of this machine's RAM is measured: one 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
@@ -112,6 +113,17 @@ def this_machine() -> Machine:
 def may_have_card() -> bool:
     """False where Linux shows the driver of no card; elsewhere it is torch that knows."""
     return sys.platform != "linux" or any(Path("/dev", name).exists() for name in ("nvidiactl", "kfd", "dxg"))
+
+
+def keep_freed_memory() -> None:
+    """Have freed memory kept for what comes next, and not given back to the system: glibc only, for the whole process.
+
+    A block's activations are freed and made anew all the time, and in a virtual machine a page that is new to a
+    process costs as much as several thousand multiplications (mallopt(3): M_MMAP_THRESHOLD, M_TRIM_THRESHOLD).
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for option, most in ((-3, 32 << 20), (-1, 2**31 - 1)):
+            libc.mallopt(option, most)
 
 
 def ram_bytes() -> int:

@@ -169,11 +169,11 @@ def _state_bytes(model: Model, recipe: Recipe) -> int:
 
 
 def _prefix_bytes(model: Model, recipe: Recipe, outputs: int) -> int:
-    """Of outputs with calibration rows of their own: those, the rows before a block, and what is kept of it twice."""
+    """Of outputs with calibration rows of their own: those, the rows before two blocks, what is kept of them."""
     tokens = recipe.samples * recipe.seqlen
     own = 4 * tokens * model.config["hidden_size"]
     kept = 4 * tokens * sum(r.shape[0] for r in model.block(0).values() if r.placed.reads)
-    return (outputs + 1) * own + 2 * min(KEPT_BYTES, kept) if outputs else 0
+    return (outputs + 2) * own + 3 * min(KEPT_BYTES, kept) if outputs else 0
 
 
 # Products with a Gram matrix, or work that costs as much, that each kind of output makes for every matrix.

@@ -3,19 +3,19 @@
 Statistics of the source's activations serve every output alike, but a matrix of a quantized model never sees those. An
 output may therefore have calibration rows of its own, which go through its blocks as they are solved; the source's
 rows go through the source's beside them, so that `Stats.drift` tells the solver how far the two have come apart.
-A module of the block all of whose matrices are solved (the attention, once the MLP is at work) is not run again: what
-it gave is kept. So are, as far as `KEPT_BYTES` go, what each solved matrix gave, and the source's activations from its
-one pass through the block. Memory beside that: the hidden states of both, as much again, and one batch's activations.
+No part of a block is run twice: what reached the last matrix of a module (of the attention, of the MLP) is kept, and
+the next pass begins with what that matrix, solved by then, makes of it. Kept are also the source's activations from its
+one pass through the block, both as far as `KEPT_BYTES` go. Memory beside that: the hidden states of both, what reached
+the attention's last matrix, as much again, and one batch's activations.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, takewhile
 from typing import Any
 
 from quantkit.forward import Network, States, readers
@@ -23,6 +23,7 @@ from quantkit.later import Tensor, nn, no_grad, torch
 from quantkit.stats import Stats
 
 KEPT_BYTES = 2 << 30  # for each of the two, in CPU memory; what goes beyond it is computed again
+Notes = tuple[str, int]  # a module, and how many values it returns beside its first
 
 
 class _Seen(Exception):
@@ -35,18 +36,35 @@ class _Seen(Exception):
 
 @dataclass
 class Kept:
-    """Activations of the source, by the path of their reader: one tensor for each batch, in order, until it is full."""
+    """Activations of the source, by the path of their reader: one tensor for each batch, in order, until it is full.
+
+    `ends`: the readers whose outcome is what their module of the block returns first, such as self_attn.o_proj.
+    """
 
     by_path: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    ends: dict[str, Notes] = field(default_factory=dict)
     nbytes: int = 0
 
     @contextmanager
     def watching(self, block: nn.Module, paths: Iterable[str]) -> Iterator[None]:
-        """Keep what reaches the modules at `paths` while the block runs."""
+        """Keep what reaches the modules at `paths` while the block runs, and note which of them end a module."""
+        given: dict[str, Tensor] = {}
+        lasts = {path.partition(".")[0]: path for path in paths if "." in path}
+
+        def end(name: str, path: str, _: nn.Module, args: object, out: Tensor | tuple[Tensor, ...]) -> None:
+            first, *others = out if isinstance(out, tuple) else (out,)
+            if first is given.pop(path):
+                self.ends[path] = name, len(others)
+
         with ExitStack() as stack:
             for path in paths:
                 hook = block.get_submodule(path).register_forward_pre_hook(partial(self._keep, path))
                 stack.callback(hook.remove)
+            for name, path in lasts.items():
+                last = block.get_submodule(path)
+                hook = last.register_forward_hook(lambda _, args, out, path=path: given.update({path: out}))
+                stack.callback(hook.remove)
+                stack.callback(block.get_submodule(name).register_forward_hook(partial(end, name, path)).remove)
             yield
 
     def _keep(self, path: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -65,7 +83,8 @@ class Inputs(Mapping[str, Stats]):
     """Statistics of a block's activations, each taken when it is asked for, behind what is solved of the block by then.
 
     `source` and `behind` are the hidden states before the block, `original` its weights on the device by HF name,
-    `seen` what is kept of the source's activations.
+    `seen` what is kept of the source's activations; `reached`, by rows, reader and
+    batch, what reached the end of a module.
     """
 
     net: Network
@@ -76,7 +95,7 @@ class Inputs(Mapping[str, Stats]):
     seen: Kept = field(default_factory=Kept)
     solved: dict[str, Tensor] = field(default_factory=dict)
     known: dict[str, Stats] = field(default_factory=dict)
-    kept: dict[tuple[int, str, int], tuple[Tensor, *tuple[None, ...]]] = field(default_factory=dict)
+    reached: dict[tuple[int, str, int], Tensor] = field(default_factory=dict)
     nbytes: int = 0
 
     def take(self, name: str, value: Tensor | None) -> None:
@@ -100,7 +119,7 @@ class Inputs(Mapping[str, Stats]):
         """Move the output's rows behind the block as it was solved."""
         parameters = self._parameters(self.solved)
         for part in self.behind.batches():
-            out = self._run(parameters, self.behind, part, self._final(None))
+            out = self._run(parameters, self.behind, part)
             self.behind.hidden[part] = out.to(self.behind.hidden.device)
 
     @no_grad
@@ -123,62 +142,47 @@ class Inputs(Mapping[str, Stats]):
 
         hook = self.net.base.layers[self.layer].get_submodule(path).register_forward_pre_hook(stop)
         try:
-            self._run(parameters, states, part, self._final(path))
+            self._run(parameters, states, part)
         except _Seen as seen:
+            self._keep((id(states), path, part.start), seen.x)
             return seen.x
         finally:
             hook.remove()
         raise AssertionError("a block reaches all of its matrices")
 
-    def _final(self, path: str | None) -> list[str]:
-        """The modules whose matrices are solved when the reader at `path` is due; None: the last one."""
-        arch = self.net.model.arch
-        paths: dict[str, list[str]] = defaultdict(list)
-        for w in arch.block:
-            if w.reads:
-                paths[w.reads].append(arch.place_of(w))
-        path = path or list(paths.values())[-1][0]
-        leaves = list(chain.from_iterable(takewhile(lambda group: path not in group, paths.values())))
-        whole = [part for leaf in leaves if (part := leaf.partition(".")[0]) != path.partition(".")[0]]
-        return list(dict.fromkeys(whole + leaves))
+    def _keep(self, key: tuple[int, str, int], x: Tensor) -> None:
+        """Keep what reached the end of a module; of the MLP, which is wide, for `advance` alone while there is room."""
+        _, path, _ = key
+        if path == list(readers(self.net.model).values())[-1]:
+            self.nbytes += x.nbytes
+            if self.nbytes > KEPT_BYTES or key[0] == id(self.source):
+                return
+        if path in self.seen.ends:
+            self.reached[key] = x.to(self.behind.hidden.device)
 
-    def _run(self, parameters: Mapping[str, Tensor], states: States, part: slice, over: list[str]) -> Tensor:
-        """One batch through the block; of the modules `over`, whose matrices are final, what they gave is kept."""
+    def _run(self, parameters: Mapping[str, Tensor], states: States, part: slice) -> Tensor:
+        """One batch through the block; a module whose end was reached gives what its last matrix makes of that."""
         block, hidden = self.net.base.layers[self.layer].eval(), states.hidden[part].to(self.net.device)
         with ExitStack() as stack:
-            for name in over:
-                stack.enter_context(self._keeping(block.get_submodule(name), (id(states), name, part.start)))
+            for path, (name, others) in self.seen.ends.items():
+                if (key := (id(states), path, part.start)) in self.reached:
+                    x, last = self.reached[key].to(self.net.device), block.get_submodule(path)
+                    stack.enter_context(_giving(block.get_submodule(name), partial(last, x), others))
             out = torch.func.functional_call(block, dict(parameters), (hidden,), dict(states.kwargs[self.layer]))
         return out[0] if isinstance(out, tuple) else out
-
-    @contextmanager
-    def _keeping(self, module: nn.Module, key: tuple[int, str, int]) -> Iterator[None]:
-        """Let `module` give what it gave before under this key, or keep what it gives: a tensor, alone or the first."""
-        place: Any = module
-        if key in self.kept:
-            first, *others = self.kept[key]
-            first = first.to(self.net.device)
-            place.forward = lambda *args, **kwargs: (first, *others) if others else first
-            try:
-                yield
-            finally:
-                del place.forward
-            return
-
-        def keep(_: nn.Module, args: object, out: Tensor | tuple[Tensor, ...]) -> None:
-            first, *others = out if isinstance(out, tuple) else (out,)
-            inside = "." in key[1]
-            self.nbytes += first.nbytes * inside
-            if not inside or self.nbytes <= KEPT_BYTES:
-                self.kept[key] = (first.to(self.behind.hidden.device), *(None for _ in others))
-
-        hook = module.register_forward_hook(keep)
-        try:
-            yield
-        finally:
-            hook.remove()
 
     def _parameters(self, solved: Mapping[str, Tensor]) -> dict[str, Tensor]:
         prefix = f"model.layers.{self.layer}."
         weights = {**self.original, **solved}
         return self.net.model.arch.parameters({name.removeprefix(prefix): w for name, w in weights.items()})
+
+
+@contextmanager
+def _giving(module: nn.Module, first: Callable[[], Tensor], others: int) -> Iterator[None]:
+    """Let `module` return what `first` returns, and None for each of its `others`."""
+    place: Any = module
+    place.forward = lambda *args, **kwargs: (first(), *[None] * others) if others else first()
+    try:
+        yield
+    finally:
+        del place.forward

@@ -38,9 +38,10 @@ ALLOWED = {
     "importance": {"files", "forward", "model", "stats", "targets"},
     "plan": {"targets", "model", "recipe", "evaluate", "forward", "prefix"},
     "verify": {"targets", "model", "codecs"},
+    "walk": {"codecs", "forward", "model", "prefix", "stats", "targets"},
     "seal": {"targets", "model", "codecs", "files", "verify"},
     "convert": {"plan", "targets", "model", "files", "forward", "evaluate", "verify", "stats", "corpus"}
-    | {"importance", "prefix", "seal", "sensitivity"},
+    | {"importance", "prefix", "seal", "sensitivity", "walk"},
     "selfcal": {"forward", "model", "corpus", "files"},
     "hardware": set(),
     "memory": {"model", "targets"},

@@ -18,7 +18,8 @@ from quantkit.errors import VerifyError
 from quantkit.evaluate import Score
 from quantkit.files.atomic import staged
 from quantkit.forward import limit_device, place_of
-from quantkit.later import Device, Tensor, torch
+from quantkit.hardware import keep_freed_memory
+from quantkit.later import Device, Tensor, on_cpu, torch
 from quantkit.model import Model, open_model
 from quantkit.overlap import refuse_overlap
 from quantkit.plan import Plan, make_plan
@@ -133,6 +134,8 @@ def _run(
     tensors: dict[str, list[TensorDone]] = {o.target: [] for o in plan.outputs}
     source_score, failed, sha256 = None, [], fingerprinting(model)
     scores: dict[str, Score] = {}
+    if plan.calibrated and on_cpu(device):
+        keep_freed_memory()
     with bars(plan.stages) as bar:
         for event in convert(model, plan, output, device, rows, text, chunks, force):
             match event:

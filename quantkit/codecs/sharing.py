@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from threading import Barrier, local
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from quantkit.later import Device, Tensor, on_cpu, torch, torch_is_there
 
@@ -44,9 +45,10 @@ def slabs(rows: int, width: int, device: Device = "cpu", first: int = 0) -> list
     return [slice(at, min(end, at + step)) for at in range(first, end, step)]
 
 
-def one_each(rows: int, device: Device = "cpu") -> list[slice]:
-    """`rows` rows cut once for each thread: for work of many small steps, where every slab takes all the steps."""
-    step = -(-rows // (thread_count() if on_cpu(device) else 1))
+def one_each(rows: int, device: Device = "cpu", least: int = 1) -> list[slice]:
+    """`rows` rows cut once for each thread, into parts of `least` rows or more: for work of many small steps."""
+    threads = thread_count() if on_cpu(device) else 1
+    step = -(-rows // max(1, min(threads, rows // least)))
     return [slice(at, min(rows, at + step)) for at in range(0, rows, step)]
 
 
@@ -61,13 +63,34 @@ def share_out(work: Callable[[slice], T], parts: Sequence[slice], device: Device
     return list(_pool(threads, torch_is_there()).map(work, parts))
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One CPU thread for many small operations of torch's: waking a second one costs more than it does."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+
+def ahead(steps: Iterator[T], one_core: bool = False) -> Iterator[T]:
+    """The same steps, each made by another thread while the one before it is at work."""
+    end = object()
+    with nullcontext(_pool(1, with_torch=True)) if one_core else ThreadPoolExecutor(1) as thread:
+        due = thread.submit(next, steps, end)
+        while (step := due.result()) is not end:
+            due = thread.submit(next, steps, end)
+            yield cast(T, step)
+
+
 _here = local()  # has `shared` in the threads of a pool
 
 
 @functools.cache
 def _pool(threads: int, with_torch: bool) -> ThreadPoolExecutor:
     """Threads in which torch uses one core each: as they are, every one would bring a team of its own to every step."""
-    started = Barrier(threads + 1)
+    started, count = Barrier(threads + 1), torch.get_num_threads() if with_torch else 0
 
     def alone() -> None:
         _here.shared = True
@@ -81,5 +104,5 @@ def _pool(threads: int, with_torch: bool) -> ThreadPoolExecutor:
         pool.submit(int)
     started.wait()
     if with_torch:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(count)
     return pool

@@ -11,7 +11,7 @@ Frantar et al. 2022 (arXiv:2210.17323), in the form of IST-DASLab `gptq.py`, wit
     arXiv:2504.02692, in closed form: `aim`).
   - Greedy choices are then reconsidered: `polish` goes over the groups again, and gives each its best scale and each
     of its columns its best code, all others as they are. The error never grows.
-Rows are independent of one another: each thread solves its share of them.
+Rows are independent of one another: where there are many, each thread solves its share of them.
 A column that no calibration token reached has an all-zero row in H: it is rounded, and neither gives nor takes errors.
 """
 
@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from quantkit.codecs.grid import Grid, Quantized
-from quantkit.codecs.sharing import one_each, share_out
+from quantkit.codecs.sharing import one_each, one_thread, share_out
 from quantkit.errors import BadInput
 from quantkit.later import Tensor, torch
 from quantkit.solvers.replay import replayed
@@ -31,7 +31,9 @@ from quantkit.stats import Stats, errors
 
 DAMP = 0.3  # of the mean diagonal, added to the diagonal: with less, codes fit the calibration text only
 MOST_DAMP = 10.0  # no factor with this much on the diagonal: the statistics are of no use
-POLISH = 3  # times that all groups are reconsidered
+POLISH = 2  # times that all groups are reconsidered
+LEAST = 4096  # rows to a thread: two that take smaller steps wait for the interpreter more than they work
+CHUNK = 16  # columns that are updated one by one; those behind them are by one product
 
 
 class Codes(Protocol):
@@ -97,15 +99,13 @@ def gptq(weight: Tensor, stats: Stats, grid: Grid, damp: float = DAMP, polishing
     upper, failed = torch.linalg.cholesky_ex(inverse[order][:, order], upper=True)
     if failed:
         return _rounded(goal, hessian, grid, damp, "its inverse has no Cholesky factor")
-    damped = lower @ lower.T
+    damped = _damped(hessian, damp)
 
     def solved(rows: slice) -> Quantized:
         found = _greedy(goal[rows], _seen(hessian)[order], order, upper, grid)
-        for _ in range(polishing):
-            found = polish(goal[rows], damped, found, grid)
-        return found
+        return polish(goal[rows], damped, found, grid, polishing)
 
-    found = Quantized.stacked(share_out(solved, one_each(len(goal), goal.device), goal.device))
+    found = Quantized.stacked(share_out(solved, one_each(len(goal), goal.device, LEAST), goal.device))
     by_rounding = _rounded(goal, hessian, grid, damp, "solving did worse")
     made = errors(found.dequantize() - goal, hessian)
     better = bool(made.sum() <= by_rounding.errors.sum())
@@ -157,8 +157,9 @@ def _greedy(weight: Tensor, importance: Tensor, order: Tensor, upper: Tensor, gr
     columns = replayed(partial(_columns, grid), w[:g], upper[:g, :g], w[0], w[0])
     for start in range(0, len(w), g):
         block = slice(start, start + g)
-        scale, zero = grid.fit(w[block].T.contiguous(), importance[block])
-        codes[block], missed = columns(w[block], upper[block, block], scale, zero)
+        with one_thread():
+            scale, zero = grid.fit(w[block].T.contiguous(), importance[block])
+            codes[block], missed = columns(w[block], upper[block, block], scale, zero)
         w[start + g :].addmm_(upper[block, start + g :].T, missed, alpha=-1)
         scales.append(scale)
         zeros.append(zero)
@@ -171,30 +172,41 @@ def _greedy(weight: Tensor, importance: Tensor, order: Tensor, upper: Tensor, gr
 
 def _columns(grid: Grid, w: Tensor, upper: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     """Round the columns w (g, N) of one group in turn, in place; codes and scaled errors, both (g, N)."""
-    codes, missed = torch.empty_like(w), torch.empty_like(w)
-    for i, column in enumerate(w):
-        codes[i] = grid.codes(column[:, None], scale, zero)[:, 0]
-        missed[i] = (column - grid.levels(codes[i][:, None], scale, zero)[:, 0]) / upper[i, i]
-        w[i + 1 :].addr_(upper[i, i + 1 :], missed[i], alpha=-1)
-    return codes, missed
+    codes, missed, per_step = torch.empty_like(w), torch.empty_like(w), 1 / scale
+    turned = (upper / upper.diagonal()[:, None]).contiguous()
+    for first, last in _chunks(len(w)):
+        columns = zip(*(t[first:last].unbind() for t in (w, codes, missed)), strict=True)
+        for i, (column, code, miss) in enumerate(columns, first):
+            torch.addcmul(zero, column, per_step, out=code).round_().clamp_(0, grid.top)
+            torch.addcmul(column, torch.sub(zero, code, out=miss), scale, out=miss)
+            w[i + 1 : last].addr_(turned[i, i + 1 : last], miss, alpha=-1)
+        w[last:].addmm_(turned[first:last, last:].T, missed[first:last], alpha=-1)
+    return codes, missed.div_(upper.diagonal()[:, None])
 
 
-def polish(weight: Tensor, hessian: Tensor, q: Quantized, grid: Grid) -> Quantized:
-    """One pass of coordinate descent on tr(delta H delta^T): group by group, the scale, then each column's code.
+def _chunks(columns: int) -> list[tuple[int, int]]:
+    return [(first, min(first + CHUNK, columns)) for first in range(0, columns, CHUNK)]
+
+
+def polish(weight: Tensor, hessian: Tensor, q: Quantized, grid: Grid, passes: int = 1) -> Quantized:
+    """Passes of coordinate descent on tr(delta H delta^T): group by group, the scale, then each column's code.
 
     Both have closed forms. With r = (W - Q) H, the best step of a scale is <l, r> / <l, H l> for the group's levels l,
     and that of a column's value r_k / H_kk; the nearest that the grid holds is the best that it holds.
     """
+    if not passes:
+        return q
     g = grid.group
     left = ((weight - q.dequantize()) @ hessian).T.contiguous()  # (K, N): minus half the gradient
-    codes, scales = q.codes.T.float(), q.scales.float()
-    better = replayed(partial(_reconsider, grid), codes[:g], left[:g], hessian[:g, :g], scales[:, 0], scales[:, 0])
-    for i, start in enumerate(range(0, len(codes), g)):
-        block = slice(start, start + g)
-        own, zero = hessian[block, block].contiguous(), q.zeros[:, i].float()
-        codes[block], scales[:, i], moved = better(codes[block], left[block], own, scales[:, i], zero)
+    codes, scales, zeros = (t.T.float().contiguous() for t in (q.codes, q.scales, q.zeros))
+    better = replayed(partial(_reconsider, grid), codes[:g], left[:g], hessian[:g, :g], scales[0], scales[0])
+    for start in list(range(0, len(codes), g)) * passes:
+        block, i = slice(start, start + g), start // g
+        own = hessian[block, block].contiguous()
+        with one_thread():
+            codes[block], scales[i], moved = better(codes[block], left[block], own, scales[i], zeros[i])
         left.addmm_(hessian[block].T, moved, alpha=-1)
-    return replace(q, codes=codes.T.byte().contiguous(), scales=scales.half())
+    return replace(q, codes=codes.T.byte().contiguous(), scales=scales.T.half().contiguous())
 
 
 def _reconsider(
@@ -205,15 +217,18 @@ def _reconsider(
     curve = (levels * (own @ levels)).sum(0)
     best = (scale + (levels * left).sum(0) / curve.clamp_min(1e-30)).half().float()
     best = torch.where((curve > 0) & torch.isfinite(best) & (best != 0), best, scale)
-    moved = levels * (best - scale)
+    moved = levels.mul_(best - scale)
     left = left - own @ moved
-    step, chosen = own.diagonal().clamp_min(1e-30), torch.empty_like(codes)
-    for k, code in enumerate(codes):
-        chosen[k] = torch.round(code + left[k] / step[k] / best).clamp_(0, grid.top)
-        change = (chosen[k] - code) * best
-        moved[k] += change
-        left.addr_(own[k], change, alpha=-1)
-    return chosen, best, moved
+    per_step = 1 / (own.diagonal().clamp_min(1e-30)[:, None] * best)
+    chosen, changes = torch.empty_like(codes), torch.empty_like(codes)
+    for first, last in _chunks(len(codes)):
+        columns = zip(*(t[first:last].unbind() for t in (codes, left, per_step, chosen, changes)), strict=True)
+        for k, (code, rest, per, new, change) in enumerate(columns, first):
+            torch.addcmul(code, rest, per, out=new).round_().clamp_(0, grid.top)
+            torch.sub(new, code, out=change).mul_(best)
+            left[k + 1 : last].addr_(own[k, k + 1 : last], change, alpha=-1)
+        left[last:].addmm_(own[first:last, last:].T, changes[first:last], alpha=-1)
+    return chosen, best, moved.add_(changes)
 
 
 def group_aware_order(importance: Tensor, group: int) -> Tensor:
@@ -260,9 +275,14 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
 
 
 def _factor(hessian: Tensor, damp: float) -> Tensor | None:
+    lower, failed = torch.linalg.cholesky_ex(_damped(hessian, damp))
+    return None if failed else lower
+
+
+def _damped(hessian: Tensor, damp: float) -> Tensor:
+    """With `damp` of its mean diagonal added to the diagonal, and all of it where a column was not seen."""
     diagonal = hessian.diagonal()
     damped = hessian.clone()
     damped.diagonal().add_(damp * diagonal.mean())
     damped.diagonal()[diagonal == 0] = diagonal.mean()
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    return None if failed else lower
+    return damped
