@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ from quantkit.errors import BadInput, Unsupported
 from quantkit.evaluate import predict
 from quantkit.forward import States, embed, last, network, readers, run, watching
 from quantkit.model import open_model
-from quantkit.targets.awq import fold
+from quantkit.solvers.awq import awq_scale
+from quantkit.targets.folding import fold
 from quantkit.targets.target import Piece
 
 CPU = torch.device("cpu")
@@ -106,10 +108,10 @@ def test_awqs_folds_leave_every_block_as_it_was(families, name):
         before, prefix = states.hidden.clone(), f"model.layers.{layer}."
         with net.block(layer) as block, watching(block, readers(model), CPU) as stats:
             run(states, layer, block, CPU)
-        folded, scales = fold(Piece(model, refs, weights, stats), Grid(4, 32, symmetric=False))
-        assert len(scales) >= 2 and any((s != 1).any() for s in scales.values())
+        folded = fold(Piece(model, refs, weights, stats), partial(awq_scale, grid=Grid(4, 32, symmetric=False)))
+        assert len(folded.columns) >= 2 and any((s != 1).any() for s in folded.columns.values())
         again = States(before, states.kwargs)
-        with net.block(layer, {n.removeprefix(prefix): w for n, w in folded.items()}) as block:
+        with net.block(layer, {n.removeprefix(prefix): w for n, w in folded.weights.items()}) as block:
             run(again, layer, block, CPU)
         assert torch.allclose(again.hidden, states.hidden, rtol=1e-4, atol=1e-4)
 

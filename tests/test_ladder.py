@@ -8,12 +8,13 @@ import sys
 import gguf
 import pytest
 import torch
+from codec_rows import ggml_decode
 from gguf import GGMLQuantizationType as T
 from llama_oracle import Oracle
 from test_convert import quantkit
 from toy import toy_model, write_toy
 
-from quantkit.codecs import CODECS, decode, encode, ggml, lookup
+from quantkit.codecs import CODECS, decode, encode, lookup
 from quantkit.errors import BadInput
 from quantkit.forward import embed, network
 from quantkit.model import open_model
@@ -45,7 +46,7 @@ def test_errors_are_less_than_half_of_ggmls_own(name, stats):
     solution = ladder_gptq(weight, stats, codec, damp=0.05)
     raw = solution.quantized.raw
     assert raw.shape == (N, codec.row_bytes(K))
-    read = ggml.decode(codec, raw).view(N, K)
+    read = ggml_decode(codec, raw).view(N, K)
     assert error(read - weight, stats.gram) < 0.5 * error(by_ggml - weight, stats.gram)
     assert torch.equal(read, solution.quantized.dequantize())
     assert solution.fallback == "" and solution.loss < 0.5 * solution.log["loss_rounded"]
