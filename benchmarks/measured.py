@@ -23,6 +23,7 @@ class Cost:
 def run(command: Sequence[object], threads: int | None = None) -> Cost:
     """Run `command` to its end; RuntimeError with its last words where it fails."""
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # modules are compiled once, as an install has them
     with tempfile.TemporaryFile() as said:
         start = time.perf_counter()
         process = subprocess.Popen([str(c) for c in command], stdout=said, stderr=said, env=environment)
