@@ -5,8 +5,8 @@
     python benchmarks/gguf_to_fp16.py bench/Synthetic-300m.Q8_0.gguf bench/Synthetic-1b.Q8_0.gguf --runs 3
 
 The fair copy is brought to the disk (fsync), as our outputs are; one that is left in memory is stated beside it.
-transformers loads the whole model and saves it again, and syncs nothing; ours also reads back what it wrote, hashes the
-source and states every tensor's error. Runs take turns.
+transformers (which needs `pip install accelerate` for it) loads the whole model and saves it again, and syncs nothing;
+ours also reads back what it wrote, hashes the source and states every tensor's error. Runs take turns.
 """
 
 from __future__ import annotations
@@ -79,11 +79,8 @@ def measured(source: Path, folder: Path, options: argparse.Namespace) -> list[st
     return [
         source.name,
         spread([c.wall for c in ours]),
-        *(
-            spread([o.wall / c.wall for o, c in zip(ours, made, strict=True)]) if made else ""
-            for made in copies.values()
-        ),
-        spread([t.wall / o.wall for o, t in zip(ours, theirs, strict=True)]) if theirs else "",
+        *(over(ours, made) for made in copies.values()),
+        over(theirs, ours),
         f"{max(c.peak for c in ours) / 2**20:.0f} MiB",
         f"{(2**30 + 2 * largest) / 2**20:.0f} MiB",
         f"{max(c.peak for c in theirs) / 2**20:.0f} MiB" if theirs else "",
