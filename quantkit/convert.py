@@ -19,7 +19,7 @@ from quantkit.errors import UsageError, VerifyError
 from quantkit.evaluate import Predictions, Score, predict, score
 from quantkit.files.atomic import require_space, staged, syncing
 from quantkit.files.imatrix import write_imatrix
-from quantkit.forward import EMBEDDING, Network, States, embed, network
+from quantkit.forward import EMBEDDING, Network, States, embed, for_calibration, network
 from quantkit.importance import Sums, imatrix_of, squares
 from quantkit.later import Device, Tensor, torch
 from quantkit.model import Model, open_model
@@ -127,7 +127,8 @@ def convert(
         with ExitStack() as all_products:
             products = [_open(o, out, force, all_products) for o in plan.outputs]
             sums: Sums = {}
-            yield from _solve(model, net, products, device, calibration if plan.calibrated else None, sums)
+            calibrated = calibration if plan.calibrated else None
+            yield from _solve(model, net and for_calibration(net), products, device, calibrated, sums)
             weighted = any(o.format == "gguf" and o.calibrated and not o.behind for o in plan.outputs)
             if weighted and calibration is not None and text is not None:
                 write_imatrix(out / IMATRIX_FILE, imatrix_of(model, sums, text.name, calibration))

@@ -9,12 +9,12 @@ sequences through one block before the next: memory is bounded by a block and th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quantkit.errors import BadInput, UsageError
-from quantkit.hardware import may_have_card
+from quantkit.hardware import may_have_card, multiplies_bf16
 from quantkit.later import Device, Tensor, nn, no_grad, torch
 from quantkit.model import Model, Ref, transformers_config
 from quantkit.stats import Stats
@@ -62,6 +62,15 @@ class Network:
     device: torch.device
     dtype: torch.dtype = field(default_factory=lambda: torch.float32)
     batch_tokens: int = BATCH_TOKENS
+    mixed: bool = False  # whether blocks are calibrated with products of bf16
+
+    def calibrating(self) -> AbstractContextManager[Any]:
+        """How a block is run in a calibration: products of bf16 numbers, added up in float32, where a device has them.
+
+        The residual stream and all statistics stay float32. What bf16 takes off an activation, some 0.1% of it at
+        random, averages out over the rows.
+        """
+        return torch.autocast(self.device.type, torch.bfloat16) if self.mixed else nullcontext()
 
     @property
     def base(self) -> Any:
@@ -121,6 +130,11 @@ def network(
     if odd := sorted(set(wanted.items()) ^ set(have.items())):
         raise BadInput(f"transformers builds another model from this configuration ({odd[0][0]})", where=model.path)
     return Network(model, empty, device, dtype, batch_tokens)
+
+
+def for_calibration(net: Network) -> Network:
+    """The same network, calibrated as fast as its device allows; scores are always of float32."""
+    return replace(net, mixed=multiplies_bf16(net.device))
 
 
 def _parameters(model: Model, read: Callable[[Ref], Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.errors import UsageError
-from quantkit.later import torch
+from quantkit.later import Device, on_cpu, torch
 
 GIB = 2**30
 NVIDIA, GEFORCE = "https://www.nvidia.com/en-us/", "https://www.nvidia.com/en-us/geforce/graphics-cards/"
@@ -108,6 +108,14 @@ def this_machine() -> Machine:
     card = find_card(properties[0].name)
     vram = sum(p.total_memory for p in properties)
     return Machine(vram, ram_bytes(), (card,) if card else (), ram_bandwidth())
+
+
+def multiplies_bf16(device: Device) -> bool:
+    """Whether products of bf16 numbers are instructions of the device: they take half of float32's time or less."""
+    if not on_cpu(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    can = torch.cpu.get_capabilities()
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
 def may_have_card() -> bool:

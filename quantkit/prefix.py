@@ -2,7 +2,9 @@
 
 Statistics of the source's activations serve every output alike, but a matrix of a quantized model never sees those. An
 output may therefore have calibration rows of its own, which go through its blocks as they are solved; the source's
-rows go through the source's beside them, so that `Stats.drift` tells the solver how far the two have come apart.
+rows go through the source's beside them, so that `Stats.drift` tells the solver how far the two have come apart. A
+matrix whose outcome is added to the residual stream is told what that takes to bring the stream back to where the
+source's is (`Stats.wanted`): it makes up for what the stream has lost before it, too.
 No part of a block is run twice: what reached the last matrix of a module (of the attention, of the MLP) is kept, and
 the next pass begins with what that matrix, solved by then, makes of it. Kept are also the source's activations from its
 one pass through the block, both as far as `KEPT_BYTES` go. Memory beside that: the hidden states of both, what reached
@@ -12,7 +14,7 @@ the attention's last matrix, as much again, and one batch's activations.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,6 +22,7 @@ from typing import Any
 
 from quantkit.forward import Network, States, readers
 from quantkit.later import Tensor, nn, no_grad, torch
+from quantkit.model import Model
 from quantkit.stats import Stats
 
 KEPT_BYTES = 2 << 30  # for each of the two, in CPU memory; what goes beyond it is computed again
@@ -38,6 +41,7 @@ class _Seen(Exception):
 class Kept:
     """Activations of the source, by the path of their reader: one tensor for each batch, in order, until it is full.
 
+    Of a reader that writes the residual stream, the stream behind it and not what it reads.
     `ends`: the readers whose outcome is what their module of the block returns first, such as self_attn.o_proj.
     """
 
@@ -46,19 +50,24 @@ class Kept:
     nbytes: int = 0
 
     @contextmanager
-    def watching(self, block: nn.Module, paths: Iterable[str]) -> Iterator[None]:
-        """Keep what reaches the modules at `paths` while the block runs, and note which of them end a module."""
+    def watching(self, block: nn.Module, model: Model) -> Iterator[None]:
+        """Keep what is needed of every reader while the block runs, and note which of them end a module."""
         given: dict[str, Tensor] = {}
+        paths, stream = readers(model).values(), model.arch.residual()
         lasts = {path.partition(".")[0]: path for path in paths if "." in path}
 
         def end(name: str, path: str, _: nn.Module, args: object, out: Tensor | tuple[Tensor, ...]) -> None:
-            first, *others = out if isinstance(out, tuple) else (out,)
+            first, *others = _tuple(out)
             if first is given.pop(path):
                 self.ends[path] = name, len(others)
 
         with ExitStack() as stack:
             for path in paths:
-                hook = block.get_submodule(path).register_forward_pre_hook(partial(self._keep, path))
+                place = stream.get(path, path)
+                if place is None:
+                    hook = block.register_forward_hook(lambda _, args, out, path=path: self._keep(path, _, _tuple(out)))
+                else:
+                    hook = block.get_submodule(place).register_forward_pre_hook(partial(self._keep, path))
                 stack.callback(hook.remove)
             for name, path in lasts.items():
                 last = block.get_submodule(path)
@@ -126,55 +135,79 @@ class Inputs(Mapping[str, Stats]):
     def _measured(self, path: str) -> Stats:
         ours, theirs = self._parameters(self.solved), self._parameters({})
         stats: Stats | None = None
-        seen = self.seen.by_path[path]
+        seen, stream = self.seen.by_path[path], self.net.model.arch.residual()
+        before = list(stream.values())[list(stream).index(path) - 1] if path in stream else None
         for i, part in enumerate(self.behind.batches()):
-            x = self._reaching(path, ours, self.behind, part)
-            x_source = seen[i].to(x.device) if i < len(seen) else self._reaching(path, theirs, self.source, part)
-            stats = (stats or Stats.zeros(x.shape[-1], x.device, drift=True)).add(x, x_source)
+            x, own = self._reaching(path, ours, self.behind, part, before)
+            stats = stats or Stats.zeros(x.shape[-1], x.device)
+            place = stream.get(path, path)
+            if i < len(seen):
+                there = seen[i].to(x.device)
+            elif place is None:
+                there = self._run(theirs, self.source, part)
+            else:
+                there, _ = self._reaching(place, theirs, self.source, part)
+            if path in stream:
+                stats = stats.add(x, wanted=there - own - ours.get(f"{path}.bias", 0.0))
+            else:
+                stats = stats.add(x, there)
         assert stats is not None  # or nothing is calibrated
         return stats
 
-    def _reaching(self, path: str, parameters: Mapping[str, Tensor], states: States, part: slice) -> Tensor:
-        """What reaches the module at `path`; the block runs no further."""
+    def _reaching(
+        self, path: str, parameters: Mapping[str, Tensor], states: States, part: slice, before: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What reaches the module at `path`, and what has reached `before` or the block; the block runs no further."""
+        block = self.net.base.layers[self.layer]
+        passed = [states.hidden[part].to(self.net.device)]
 
         def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             raise _Seen(args[0])
 
-        hook = self.net.base.layers[self.layer].get_submodule(path).register_forward_pre_hook(stop)
-        try:
-            self._run(parameters, states, part)
-        except _Seen as seen:
-            self._keep((id(states), path, part.start), seen.x)
-            return seen.x
-        finally:
-            hook.remove()
+        with ExitStack() as stack:
+            hook = block.get_submodule(path).register_forward_pre_hook(stop)
+            stack.callback(hook.remove)
+            if before is not None:
+                hook = block.get_submodule(before).register_forward_pre_hook(lambda _, args: passed.append(args[0]))
+                stack.callback(hook.remove)
+            try:
+                self._run(parameters, states, part)
+            except _Seen as seen:
+                return seen.x, passed[-1]
         raise AssertionError("a block reaches all of its matrices")
 
     def _keep(self, key: tuple[int, str, int], x: Tensor) -> None:
         """Keep what reached the end of a module; of the MLP, which is wide, for `advance` alone while there is room."""
-        _, path, _ = key
-        if path == list(readers(self.net.model).values())[-1]:
+        if key[1] == list(readers(self.net.model).values())[-1]:
             self.nbytes += x.nbytes
             if self.nbytes > KEPT_BYTES or key[0] == id(self.source):
                 return
-        if path in self.seen.ends:
-            self.reached[key] = x.to(self.behind.hidden.device)
+        self.reached[key] = x.to(self.behind.hidden.device)
 
     def _run(self, parameters: Mapping[str, Tensor], states: States, part: slice) -> Tensor:
         """One batch through the block; a module whose end was reached gives what its last matrix makes of that."""
         block, hidden = self.net.base.layers[self.layer].eval(), states.hidden[part].to(self.net.device)
         with ExitStack() as stack:
             for path, (name, others) in self.seen.ends.items():
-                if (key := (id(states), path, part.start)) in self.reached:
-                    x, last = self.reached[key].to(self.net.device), block.get_submodule(path)
+                key, last = (id(states), path, part.start), block.get_submodule(path)
+                if key in self.reached:
+                    x = self.reached[key].to(self.net.device)
                     stack.enter_context(_giving(block.get_submodule(name), partial(last, x), others))
+                else:
+                    hook = last.register_forward_pre_hook(lambda _, args, key=key: self._keep(key, args[0]))
+                    stack.callback(hook.remove)
+            stack.enter_context(self.net.calibrating())
             out = torch.func.functional_call(block, dict(parameters), (hidden,), dict(states.kwargs[self.layer]))
-        return out[0] if isinstance(out, tuple) else out
+        return _tuple(out)[0]
 
     def _parameters(self, solved: Mapping[str, Tensor]) -> dict[str, Tensor]:
         prefix = f"model.layers.{self.layer}."
         weights = {**self.original, **solved}
         return self.net.model.arch.parameters({name.removeprefix(prefix): w for name, w in weights.items()})
+
+
+def _tuple(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
 
 
 @contextmanager

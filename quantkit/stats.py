@@ -6,7 +6,7 @@ scale are all read off it, and shards merge by addition.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantkit.later import Tensor, torch
 
@@ -17,47 +17,61 @@ GRAM_BLOCK = 512  # columns, about: small beside the widths of models, large eno
 class Stats:
     """Sums over `rows` activation rows x of width K: `gram` sum of x^T x (K, K), `absum` sum of |x| (K,), float32.
 
-    `drift`, where x is what reaches a layer behind a quantized prefix: the sum of (x~ - x)^T x, x~ the source's rows.
+    Where x is what reaches a layer behind a quantized prefix, one of two says what the source had there: `drift`, the
+    sum of (x~ - x)^T x for the source's rows x~, or `wanted` (N, K), the sum of y^T x for what the layer is to give, y.
     """
 
     gram: Tensor
     absum: Tensor
     rows: int = 0
     drift: Tensor | None = None
+    wanted: Tensor | None = None
 
     @classmethod
-    def zeros(cls, width: int, device: torch.device | str = "cpu", drift: bool = False) -> Stats:
+    def zeros(cls, width: int, device: torch.device | str = "cpu") -> Stats:
         """Nothing seen yet."""
-        square = torch.zeros(width, width, device=device)
-        return cls(square, torch.zeros(width, device=device), 0, square.clone() if drift else None)
+        return cls(torch.zeros(width, width, device=device), torch.zeros(width, device=device))
 
-    def add(self, x: Tensor, source: Tensor | None = None) -> Stats:
-        """With the rows of x (..., K) added, and how far those of the source are from them, where that is summed.
+    def add(self, x: Tensor, source: Tensor | None = None, wanted: Tensor | None = None) -> Stats:
+        """With the rows of x (..., K) added, and those the source has there, or what the layer is to give for them.
 
         The sums grow in place: the old record must not be used again.
         """
         x = x.reshape(-1, x.shape[-1]).float()
-        drift = self.drift
-        if drift is not None and source is not None:
+        drift, y = self.drift, self.wanted
+        if source is not None:
+            drift = torch.zeros_like(self.gram) if drift is None else drift
             drift.addmm_((source.reshape(x.shape).float() - x).T, x)
+        if wanted is not None:
+            y = self.gram.new_zeros(wanted.shape[-1], x.shape[-1]) if y is None else y
+            y.addmm_(wanted.reshape(len(x), -1).float().T, x)
         _add_gram(self.gram, x)
-        return Stats(self.gram, self.absum.add_(x.abs().sum(0)), self.rows + len(x), drift)
+        return Stats(self.gram, self.absum.add_(x.abs().sum(0)), self.rows + len(x), drift, y)
 
     def merge(self, other: Stats) -> Stats:
         """The statistics of both sets of rows."""
-        drift = None if self.drift is None or other.drift is None else self.drift + other.drift
-        return Stats(self.gram + other.gram, self.absum + other.absum, self.rows + other.rows, drift)
+        aims = (
+            None if a is None or b is None else a + b
+            for a, b in ((self.drift, other.drift), (self.wanted, other.wanted))
+        )
+        return Stats(self.gram + other.gram, self.absum + other.absum, self.rows + other.rows, *aims)
 
     def permuted(self, order: Tensor) -> Stats:
         """The statistics of the columns in another order."""
         drift = None if self.drift is None else self.drift[order][:, order]
-        return Stats(self.gram[order][:, order], self.absum[order], self.rows, drift)
+        wanted = None if self.wanted is None else self.wanted[:, order]
+        return Stats(self.gram[order][:, order], self.absum[order], self.rows, drift, wanted)
 
     def scaled(self, factor: Tensor) -> Stats:
         """The statistics of the columns, each times its `factor` (K,)."""
         both = factor[:, None] * factor
         drift = None if self.drift is None else self.drift * both
-        return Stats(self.gram * both, self.absum * factor, self.rows, drift)
+        wanted = None if self.wanted is None else self.wanted * factor
+        return Stats(self.gram * both, self.absum * factor, self.rows, drift, wanted)
+
+    def of_outputs(self, outputs: slice) -> Stats:
+        """The statistics for some rows of the weight alone."""
+        return self if self.wanted is None else replace(self, wanted=self.wanted[outputs])
 
     @property
     def hessian(self) -> Tensor:

@@ -84,7 +84,8 @@ def _statistics(
     with (
         net.block(layer, {n.removeprefix(prefix): w for n, w in weights.items()}) as block,
         watching(block, readers(net.model) if wanted else {}, net.device) as stats,
-        kept.watching(block, readers(net.model).values()) if kept else nullcontext(),
+        kept.watching(block, net.model) if kept else nullcontext(),
+        net.calibrating(),
     ):
         run(states, layer, block, net.device)
     return stats

@@ -29,6 +29,21 @@ def caught(model: torch.nn.Module, layer: int, ids: torch.Tensor, paths: dict[st
     return seen
 
 
+def stream_behind(model: torch.nn.Module, layer: int, ids: torch.Tensor, norm: str | None) -> torch.Tensor:
+    """The residual stream that a norm of a block reads, or the one behind the block, as rows."""
+    if norm is not None:
+        return caught(model, layer, ids, {"": norm})[""]
+    with torch.no_grad():
+        return model.model(ids, output_hidden_states=True).hidden_states[layer + 1].flatten(0, 1)
+
+
+def stream_before(model: torch.nn.Module, layer: int, ids: torch.Tensor, stream: dict, path: str) -> torch.Tensor:
+    """The residual stream that the outcome of the matrix at `path` is added to, as rows."""
+    if path == next(iter(stream)):
+        return caught(model, layer, ids, {"": "input_layernorm"})[""]
+    return stream_behind(model, layer, ids, next(iter(stream.values())))
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
 @pytest.mark.parametrize("room", [0, 200_000, 2 << 30])
 def test_each_activation_is_seen_behind_what_is_solved_before_it(tmp_path, monkeypatch, family, room):
@@ -45,12 +60,13 @@ def test_each_activation_is_seen_behind_what_is_solved_before_it(tmp_path, monke
     ids = torch.randint(2, 300, (6, 48), generator=torch.Generator().manual_seed(1))
     states = embed(net, ids)
     behind, paths = prefix(states), readers(model)
-    inside = dict(changed.named_parameters())
+    inside, stream = dict(changed.named_parameters()), model.arch.residual()
+    assert bool(stream) == (family != "gemma2")  # whose halves end in norms
     for layer in range(2):
         refs = model.block(layer)
         weights = {ref.placed.hf: ref.read() for ref in refs.values()}
         before, kept = prefix(states), Kept()
-        with net.block(layer) as block, kept.watching(block, paths.values()):
+        with net.block(layer) as block, kept.watching(block, model):
             run(states, layer, block, CPU)
         inputs = Inputs(net, layer, before, behind, weights, kept)
         for activation, path in paths.items():
@@ -62,7 +78,13 @@ def test_each_activation_is_seen_behind_what_is_solved_before_it(tmp_path, monke
             stats = inputs[activation]
             assert stats.rows == 6 * 48
             assert torch.allclose(stats.gram, x.T @ x, rtol=1e-3, atol=1e-2)
-            assert torch.allclose(stats.drift, (x_source - x).T @ x, rtol=1e-3, atol=2e-2)
+            if path in stream:  # what it gives is to bring the stream to where the source's is behind it
+                wanted = stream_behind(reference, layer, ids, stream[path]) - stream_before(
+                    changed, layer, ids, stream, path
+                )
+                assert torch.allclose(stats.wanted, wanted.T @ x, rtol=1e-3, atol=2e-2)
+            else:
+                assert torch.allclose(stats.drift, (x_source - x).T @ x, rtol=1e-3, atol=2e-2)
             for ref in refs.values():
                 if ref.placed.reads == activation:
                     name = ref.placed.hf

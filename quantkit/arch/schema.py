@@ -159,6 +159,20 @@ class Architecture:
         """(producer, consumers) for each activation that a norm or a matrix scales: where AWQ may fold."""
         return [(p, tuple(c for c in self.block if c.reads == p.writes)) for p in self.block if p.writes]
 
+    def residual(self) -> dict[str, str | None]:
+        """The matrices whose outcome goes into the residual stream as it is, and what reads the stream next: a norm.
+
+        By path in the block; None where that is the next block. Experts, whose outcomes are mixed, are not among them,
+        nor is what has a norm of its own behind it.
+        """
+        found = {}
+        for i, w in enumerate(self.block):
+            if len(w.shape) == 2 and w.shape[0] == "hidden" and w.reads and not w.experts:
+                norm = next((n for n in self.block[i + 1 :] if n.shape == ("hidden",)), None)
+                if norm is None or norm.writes:
+                    found[self.place_of(w)] = None if norm is None else norm.hf
+        return found
+
     def covers(self, get: Get) -> bool:
         """Whether this is the family of a GGUF with these keys, of those with the same GGUF name."""
         told = self.tell is None or get(f"{self.gguf}.{self.tell}") not in (None, 0)

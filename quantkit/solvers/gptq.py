@@ -135,11 +135,20 @@ def _rounded(weight: Tensor, hessian: Tensor, grid: Grid, damp: float, why: str)
 
 
 def aim(weight: Tensor, stats: Stats, inverse: Tensor) -> Tensor:
-    """The weight (N, K) to round in place of `weight`: of least |W x~ - A x| over the source's activations x~.
+    """The weight A (N, K) to round in place of `weight`: of least |y - A x|, y what the layer is to give.
 
-    A = W + W (sum of (x~ - x)^T x) (sum of x^T x)^-1, where `inverse` is that of the damped Hessian, 2/rows times it.
+    That is W x~ of the source's activations x~, or where the outcome is added to the residual stream, what the source's
+    stream has behind the layer, less what the quantized one has before it: then A makes up, as far as x tells, for what
+    went wrong in the stream as well. A = W + (sum of (y - W x)^T x) (sum of x^T x)^-1, where `inverse` is that of the
+    damped Hessian, 2/rows times it.
     """
-    return weight if stats.drift is None else weight + weight @ (stats.drift * (2 / stats.rows)) @ inverse
+    if stats.wanted is not None:
+        missed = stats.wanted - weight @ stats.gram
+    elif stats.drift is not None:
+        missed = weight @ stats.drift
+    else:
+        return weight
+    return weight + missed.mul_(2 / stats.rows) @ inverse
 
 
 def _seen(hessian: Tensor) -> Tensor:

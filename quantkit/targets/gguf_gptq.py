@@ -45,7 +45,9 @@ def compensated(piece: Piece, rows: Sequence[Row]) -> Iterator[Solved]:
 
 def _in_slabs(weight: Tensor, stats: Stats, codec: Codec) -> Solution[Encoded]:
     """Solve a slab of rows at a time: rows do not influence one another, and an embedding has many."""
-    found = [ladder_gptq(slab, stats, codec) for slab in weight.split(max(1, SLAB // weight.shape[1]))]
+    step = max(1, SLAB // weight.shape[1])
+    slabs = [slice(first, first + step) for first in range(0, len(weight), step)]
+    found = [ladder_gptq(weight[rows], stats.of_outputs(rows), codec) for rows in slabs]
     return replace(
         found[0],
         quantized=Encoded(codec, torch.cat([f.quantized.raw for f in found])),
