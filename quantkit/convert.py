@@ -212,7 +212,7 @@ def _solve(
         for p in products:
             if net and step.before and p.output.target in rows:
                 inputs = Inputs(net, step.layer, step.before, rows[p.output.target], step.weights, step.kept)
-                yield from _each([p], Piece(model, step.refs, step.weights, inputs, device, step.stats))
+                yield from _each([p], Piece(model, step.refs, step.weights, inputs, device, step.stats, inputs.learn))
                 inputs.advance()
         sums |= squares(step.layer, step.stats)
         yield Progress(stage, len(outer) + step.layer + 1, total)
@@ -234,6 +234,8 @@ def _each(products: list[_Product], piece: Piece) -> Iterator[Event]:
                 piece.stats.take(solved.source, solved.value if solved.unfolded is None else solved.unfolded)
             elif solved.source == EMBEDDING and p.output.behind and rows[solved.source].solver != "cast":
                 p.embedding = solved.value
+            if solved.draft:
+                continue
             p.settle()
             p.storing = p.thread.submit(_store, p, solved)
             seconds, start = time.perf_counter() - start, time.perf_counter()

@@ -23,6 +23,7 @@ from typing import Any
 from quantkit.forward import Network, States, readers
 from quantkit.later import Tensor, nn, no_grad, torch
 from quantkit.model import Model
+from quantkit.solvers.learned import Factors, Ranged, learn
 from quantkit.stats import Stats
 
 KEPT_BYTES = 2 << 30  # for each of the two, in CPU memory; what goes beyond it is computed again
@@ -123,12 +124,41 @@ class Inputs(Mapping[str, Stats]):
     def __len__(self) -> int:
         return len(readers(self.net.model))
 
+    def learn(self, ranged: Mapping[str, Ranged], seed: int = 0) -> tuple[dict[str, Factors], float]:
+        """Factors of the ranges of the block's matrices by HF name, and the share of the block's error that is left.
+
+        They are 1 where learning did no better on the calibration rows. What is solved of the block is kept as it is.
+        """
+        self.reached.clear()  # it is of weights that change now
+        goal = torch.cat([self._behind_source(part) for part in self.behind.batches()])
+
+        def loss(weights: Mapping[str, Tensor], rows: list[int]) -> Tensor:
+            wanted, device = goal[rows].to(self.net.device), self.net.device
+            made = self._run(self._parameters({**self.solved, **weights}), self.behind.hidden[rows].to(device))
+            return ((made - wanted).square().mean(-1) / wanted.square().mean(-1)).mean()  # a token counts as any other
+
+        def error(factors: Mapping[str, Factors]) -> float:
+            made = {name: r.done(factors[name]).value for name, r in ranged.items()}
+            with torch.no_grad():
+                parts = [list(range(len(goal)))[part] for part in self.behind.batches()]
+                return sum(loss(made, rows).item() * len(rows) for rows in parts)
+
+        unmoved = {name: r.unmoved() for name, r in ranged.items()}
+        learned = learn(ranged, loss, len(goal), seed + self.layer)
+        before, after = error(unmoved), error(learned)
+        return (learned, after / before) if after < before else (unmoved, 1.0)
+
+    @no_grad
+    def _behind_source(self, part: slice) -> Tensor:
+        """The source's hidden states behind the block, of one batch, on the CPU."""
+        return self._passed(self._parameters({}), self.source, part).to(self.source.hidden.device)
+
     @no_grad
     def advance(self) -> None:
         """Move the output's rows behind the block as it was solved."""
         parameters = self._parameters(self.solved)
         for part in self.behind.batches():
-            out = self._run(parameters, self.behind, part)
+            out = self._passed(parameters, self.behind, part)
             self.behind.hidden[part] = out.to(self.behind.hidden.device)
 
     @no_grad
@@ -144,7 +174,7 @@ class Inputs(Mapping[str, Stats]):
             if i < len(seen):
                 there = seen[i].to(x.device)
             elif place is None:
-                there = self._run(theirs, self.source, part)
+                there = self._passed(theirs, self.source, part)
             else:
                 there, _ = self._reaching(place, theirs, self.source, part)
             if path in stream:
@@ -171,7 +201,7 @@ class Inputs(Mapping[str, Stats]):
                 hook = block.get_submodule(before).register_forward_pre_hook(lambda _, args: passed.append(args[0]))
                 stack.callback(hook.remove)
             try:
-                self._run(parameters, states, part)
+                self._passed(parameters, states, part)
             except _Seen as seen:
                 return seen.x, passed[-1]
         raise AssertionError("a block reaches all of its matrices")
@@ -184,9 +214,9 @@ class Inputs(Mapping[str, Stats]):
                 return
         self.reached[key] = x.to(self.behind.hidden.device)
 
-    def _run(self, parameters: Mapping[str, Tensor], states: States, part: slice) -> Tensor:
+    def _passed(self, parameters: Mapping[str, Tensor], states: States, part: slice) -> Tensor:
         """One batch through the block; a module whose end was reached gives what its last matrix makes of that."""
-        block, hidden = self.net.base.layers[self.layer].eval(), states.hidden[part].to(self.net.device)
+        block, hidden = self.net.base.layers[self.layer], states.hidden[part].to(self.net.device)
         with ExitStack() as stack:
             for path, (name, others) in self.seen.ends.items():
                 key, last = (id(states), path, part.start), block.get_submodule(path)
@@ -196,9 +226,13 @@ class Inputs(Mapping[str, Stats]):
                 else:
                     hook = last.register_forward_pre_hook(lambda _, args, key=key: self._keep(key, args[0]))
                     stack.callback(hook.remove)
-            stack.enter_context(self.net.calibrating())
-            out = torch.func.functional_call(block, dict(parameters), (hidden,), dict(states.kwargs[self.layer]))
-        return _tuple(out)[0]
+            return self._run(parameters, hidden)
+
+    def _run(self, parameters: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        """Hidden states (n, T, hidden) through the block."""
+        block, how = self.net.base.layers[self.layer].eval(), dict(self.behind.kwargs[self.layer])
+        with self.net.calibrating():
+            return _tuple(torch.func.functional_call(block, dict(parameters), (hidden,), how))[0]
 
     def _parameters(self, solved: Mapping[str, Tensor]) -> dict[str, Tensor]:
         prefix = f"model.layers.{self.layer}."

@@ -118,7 +118,7 @@ class Recipe(BaseModel):
     imatrix: str | None = None  # a file, used in place of calibrating
     target_size: Annotated[str, AfterValidator(_target_size)] | None = None  # types that make the target `gguf` so big
     target_bpw: Annotated[float, Field(gt=0)] | None = None  # or so many bits a weight
-    solver: Literal["gptq", "awq+gptq"] | None = None  # error compensation where a target rounds; of scaled columns
+    solver: Literal["gptq", "awq+gptq", "learned"] | None = None  # for more than a target's own
     layers: dict[str, Layer] = {}  # by pattern of names, `"*.ffn_down": {type: Q6_K}`; the first that matches counts
 
     def choices(self) -> Choices:

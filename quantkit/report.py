@@ -26,7 +26,8 @@ from quantkit.recipe import Recipe
 from quantkit.targets import Row
 from quantkit.targets.mixtures import PLAIN
 
-LAYER_COLUMNS = ("target", "tensor", "solver", "loss_rounded", "loss", "damp", "order", "fallback", "seconds")
+_LOG = ("loss_rounded", "loss", "damp", "order", "fallback", "block_left")
+LAYER_COLUMNS = ("target", "tensor", "solver", *_LOG, "seconds")
 LIBRARIES = ("torch", "transformers", "tokenizers", "gguf", "libggml-python", "numpy", "safetensors")
 
 
@@ -187,7 +188,7 @@ def layers_csv(variants: Iterable[dict[str, Any]]) -> str:
     for v in variants:
         for t in (t for t in v["tensors"] if "loss_rounded" in t):
             cells = {"target": v["target"], "tensor": t["name"]} | t
-            lines.append(",".join("" if cells[c] is None else str(cells[c]) for c in LAYER_COLUMNS))
+            lines.append(",".join("" if cells.get(c) is None else str(cells[c]) for c in LAYER_COLUMNS))
     return "\n".join([",".join(LAYER_COLUMNS), *lines]) + "\n" if lines else ""
 
 

@@ -32,7 +32,7 @@ ALLOWED = {
     "tasks": {"forward", "model", "scoring"},
     "plots": {"compare", "files"},
     "page": {"compare", "files", "plots"},
-    "prefix": {"forward", "model", "stats"},
+    "prefix": {"forward", "model", "solvers", "stats"},
     "targets": {"model", "arch", "codecs", "files", "solvers", "stats"},
     "recipe": {"resources", "codecs", "targets"},
     "importance": {"files", "forward", "model", "stats", "targets"},

@@ -47,7 +47,8 @@ def command(
     target_size: Annotated[str | None, typer.Option(help="One target of this size (22GiB).")] = None,
     target_bpw: Annotated[float | None, typer.Option(help="One target of so many bits a weight.")] = None,
     solver: Annotated[
-        str | None, typer.Option(help="gptq: for GGUF and AWQ too. awq+gptq: scale columns first.")
+        str | None,
+        typer.Option(help="gptq: for GGUF and AWQ too. awq+gptq: scale columns first; learned: tune ranges."),
     ] = None,
     inputs: Annotated[
         str | None, typer.Option(help="GPTQ: calibrate behind the layers as quantized, or on the source's activations.")

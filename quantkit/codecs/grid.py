@@ -7,7 +7,7 @@ A solver sees a grid and nothing else: it asks for parameters of a group (`fit`)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantkit.later import Tensor, torch
 
@@ -34,6 +34,10 @@ class Quantized:
         """One above the other: the inverse of `rows`."""
         codes, scales, zeros = (torch.cat([getattr(q, f) for q in parts]) for f in ("codes", "scales", "zeros"))
         return cls(codes, scales, zeros, parts[0].index)
+
+    def times(self, factors: Tensor) -> Quantized:
+        """With the scales of its groups multiplied by `factors` (N, G)."""
+        return replace(self, scales=(self.scales.float() * factors).clamp(-65504, 65504).half())
 
     @property
     def group(self) -> int:

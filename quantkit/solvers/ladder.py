@@ -43,6 +43,23 @@ class Encoded:
         width = self.raw.shape[1] // self.codec.nbytes * self.codec.block
         return decode(self.codec.name, self.raw, (len(self.raw), width))
 
+    def terms(self) -> tuple[Tensor, ...]:
+        """What the weight is the sum of, (N, K) each: levels times scales, and of some types minima below zero."""
+        assert self.codec.ladder is not None
+        parts = self.codec.ladder.read(**self.codec.split(self.raw.view(-1, self.codec.nbytes)))
+        plain = self.codec.ladder.values(replace(parts, dmin=None, mins=None)).view(len(self.raw), -1)
+        return (plain,) if parts.dmin is None else (plain, self.dequantize() - plain)
+
+    def times(self, factors: tuple[Tensor, ...]) -> Encoded:
+        """With the super-scales of every block (N, blocks) multiplied, and those of its minima."""
+        assert self.codec.ladder is not None
+        parts = self.codec.ladder.read(**self.codec.split(self.raw.view(-1, self.codec.nbytes)))
+        of_d, *of_dmin = (factor.reshape(-1, 1) for factor in factors)
+        parts = replace(parts, d=_fp16(parts.d * of_d))
+        if parts.dmin is not None:
+            parts = replace(parts, dmin=_fp16(parts.dmin * of_dmin[0]))
+        return replace(self, raw=self.codec.join(self.codec.ladder.write(parts)).view(self.raw.shape))
+
     def rows(self, sizes: list[int]) -> list[Encoded]:
         """Cut by rows: the inverse of solving several weights of one input as one."""
         return [replace(self, raw=raw) for raw in self.raw.split(sizes)]

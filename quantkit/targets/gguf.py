@@ -9,7 +9,8 @@ from the architecture's table, and its metadata from `gguf_metadata.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -22,10 +23,11 @@ from quantkit.files.gguf_values import Value
 from quantkit.files.gguf_writer import Layout, layout_gguf, split_layout, tensor_nbytes
 from quantkit.files.imatrix import Imatrix, read_imatrix
 from quantkit.model import Model
-from quantkit.targets.gguf_gptq import OUTER, compensated, known, solvable
+from quantkit.targets.gguf_gptq import COMPENSATED, OUTER, compensated, known, solvable
 from quantkit.targets.gguf_metadata import metadata_of
 from quantkit.targets.gguf_tensors import encoded, held, importance_of
 from quantkit.targets.layers import require_matches
+from quantkit.targets.learned import LEARNED, learned, require_behind
 from quantkit.targets.mixtures import MIXTURES, Shape, choose, file_type, kind_of, quantizable, requires_imatrix
 from quantkit.targets.target import (
     Calibration,
@@ -55,10 +57,11 @@ def plan_mixture(
     matrix and there is none for its tensor.
     """
     tensors = held(model)
-    if choices.solver not in (None, "gptq"):
+    if choices.solver not in (None, *COMPENSATED):
         raise UsageError(f"a GGUF is not solved by {choices.solver}", where=name, hint="use --solver gptq, or a folder")
-    if choices.solver == "gptq" and (choices.imatrix or not calibration):
-        raise UsageError("the solver gptq needs a calibration", where=name, hint="do without --imatrix, or --solver")
+    if choices.solver and (choices.imatrix or not calibration):
+        what = f"the solver {choices.solver} needs a calibration"
+        raise UsageError(what, where=name, hint="do without --imatrix, or --solver")
     given = fitting_imatrix(choices.imatrix, model) if choices.imatrix else None
     shape = shape_of(model)
     present = [(t.name, t.shape, t.type) for t in tensors]
@@ -68,15 +71,16 @@ def plan_mixture(
     for t, kind in zip(tensors, types, strict=True):
         same = kind == t.type and model.gguf is not None
         solver = "copy" if same else "cast" if lookup(kind).block == 1 else "ggml"
-        if solver == "ggml" and choices.solver == "gptq" and solvable(t.name, kind, len(t.parts), shape.experts):
-            solver = "gptq"
+        if solver == "ggml" and choices.solver and solvable(t.name, kind, len(t.parts), shape.experts):
+            solver = choices.solver
         rows.append(Row(t.name, t.source, t.shape, t.type, kind, solver, tensor_nbytes(t.name, t.shape, kind)))
         seen = t.name in given.sums if given else bool(calibration and t.reads)
         if solver == "ggml" and not seen and requires_imatrix(name, t.name, kind):
             raise _blind(name, t.name, kind, choices.imatrix)
-        weighted += [t.name] if seen and solver in ("ggml", "gptq") and kind not in UNWEIGHTED else []
+        weighted += [t.name] if seen and solver in ("ggml", *COMPENSATED) and kind not in UNWEIGHTED else []
     calibrated = bool(weighted) and given is None
-    behind = any(r.solver == "gptq" for r in rows) and choices.inputs == "quantized" and not shape.experts
+    compensating = [r for r in rows if r.solver in COMPENSATED]
+    behind = bool(compensating) and choices.inputs == "quantized" and not shape.experts
     metadata = described(model, name)
     if choices.imatrix and given and weighted:
         metadata |= imatrix_keys(choices.imatrix.name, given.datasets, len(given.sums), given.chunks)
@@ -85,12 +89,16 @@ def plan_mixture(
     alignment = model.gguf.alignment if model.gguf else GGUF_DEFAULT_ALIGNMENT
     path, layout = laid_out(f"{model.name}-{label}", metadata, rows, alignment, choices.split_bytes)
 
-    outer = any(r.solver == "gptq" and r.name in OUTER for r in rows)
+    outer = any(r.name in OUTER for r in compensating)
+    compensate: Callable[[Piece], Iterator[Solved]] = partial(compensated, rows=compensating)
+    if choices.solver == LEARNED and compensating:
+        require_behind(behind, name)
+        compensate = learned(compensate)
 
     def solve(piece: Piece) -> Iterator[Solved]:
-        yield from compensated(piece, [r for r in rows if r.solver == "gptq"])
+        yield from compensate(piece)
         for tensor, row in zip(tensors, rows, strict=True):
-            if row.solver != "gptq" and tensor.parts[0] in piece.refs:
+            if row.solver not in COMPENSATED and tensor.parts[0] in piece.refs:
                 importance = importance_of(piece, tensor, given, calibrated) if row.name in weighted else None
                 solved = encoded(piece, tensor, row, importance)
                 yield known(piece, row, solved) if behind else solved

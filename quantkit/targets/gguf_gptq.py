@@ -14,10 +14,13 @@ from quantkit.codecs import Codec, decode, lookup
 from quantkit.later import Tensor, torch
 from quantkit.solvers.gptq import Solution
 from quantkit.solvers.ladder import Encoded, ladder_gptq
+from quantkit.solvers.learned import Factors, Ranged
 from quantkit.stats import Stats
+from quantkit.targets.learned import LEARNED
 from quantkit.targets.target import Piece, Row, Solved, readers_of
 
 OUTER = ("token_embd.weight", "output.weight")
+COMPENSATED = ("gptq", LEARNED)  # the solvers
 SLAB = 1 << 24  # weights that are solved at a time
 
 
@@ -39,8 +42,23 @@ def compensated(piece: Piece, rows: Sequence[Row]) -> Iterator[Solved]:
             weights = [ordered(piece, row.source, piece.weights[row.source]) for row in members]
             found = _in_slabs(torch.cat(weights), piece.stats[activation], lookup(kind))
             for row, s in zip(members, found.rows([len(w) for w in weights]), strict=True):
-                value = ordered(piece, row.source, s.quantized.dequantize(), back=True)
-                yield Solved(row.source, {row.name: s.quantized.raw.flatten()}, value, s.loss, s.log)
+                yield _done(piece, row, s.quantized, s)
+
+
+def _done(piece: Piece, row: Row, encoded: Encoded, found: Solution[Encoded]) -> Solved:
+    """A tensor with the loss and the log of its solution, and its ranges as learning moves them, rows in HF's order."""
+
+    def ranged() -> Ranged:
+        terms = tuple(ordered(piece, row.source, term, back=True) for term in encoded.terms())
+        columns = torch.arange(terms[0].shape[1], device=terms[0].device)
+        return Ranged(terms, columns // encoded.codec.block, again)
+
+    def again(factors: Factors) -> Solved:
+        return _done(piece, row, encoded.times(tuple(ordered(piece, row.source, f) for f in factors)), found)
+
+    value = ordered(piece, row.source, encoded.dequantize(), back=True)
+    parts = {row.name: encoded.raw.flatten()}
+    return Solved(row.source, parts, value, found.loss, found.log, ranged=ranged)
 
 
 def _in_slabs(weight: Tensor, stats: Stats, codec: Codec) -> Solution[Encoded]:

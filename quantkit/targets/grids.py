@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from quantkit.codecs.grid import Grid, Quantized
@@ -21,9 +22,11 @@ from quantkit.model.mixed import compressed_settings, gptq_settings
 from quantkit.solvers.awq import awq_scale, compensated
 from quantkit.solvers.exact import exact
 from quantkit.solvers.gptq import by_activation, gptq, rounding
+from quantkit.solvers.learned import Ranged
 from quantkit.stats import Stats
 from quantkit.targets.folding import Folded, fold
 from quantkit.targets.layers import LayerRule, first_rule, require_matches
+from quantkit.targets.learned import LEARNED, learned, require_behind
 from quantkit.targets.target import (
     Choices,
     Output,
@@ -173,6 +176,9 @@ def solved_folder(
     planned = {n: parts(n, r.shape, asked) for n, r in linear(model).items()}
     solve, solver = solving(asked, kept, pack, scaled), choices.solver or "gptq"
     below = behind(model, choices)
+    if solver == LEARNED:
+        require_behind(below, target)
+        solve, note = learned(solve), f"{note}; ranges learned block by block"
     output = folder_output(
         target, format, note, model, planned, solver, solve, torch.float16, config, files, below, kept
     )
@@ -190,7 +196,8 @@ def solving(
     def done(name: str, q: Quantized, loss: float, log: dict[str, object], folded: Folded) -> Solved:
         value = q.dequantize()
         undone = folded.undone(name, value) if scaled else None
-        return Solved(name, pack(name, q, asked.bits_of(name)), value, loss, log, undone)
+        ranged = partial(Ranged, (value,), q.groups.long(), lambda f: done(name, q.times(*f), loss, log, folded))
+        return Solved(name, pack(name, q, asked.bits_of(name)), value, loss, log, undone, ranged)
 
     def solve(piece: Piece) -> Iterator[Solved]:
         groups = readers_of(piece)

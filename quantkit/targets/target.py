@@ -19,10 +19,15 @@ from quantkit.errors import BadInput, UsageError
 from quantkit.files import gguf_set, gguf_writer, safetensors
 from quantkit.later import Device, Tensor, torch
 from quantkit.model import Model, Ref, in_rows
+from quantkit.solvers.learned import Factors, Ranged
 from quantkit.stats import Stats, error
 from quantkit.targets.layers import LayerRule
 
 SCARCE = 0.005  # of the calibration tokens: a Gram matrix of fewer says little of an expert
+
+
+# Matrices of a block by HF name -> factors of their ranges, and the share of the block's error that they leave.
+Learn = Callable[[Mapping[str, Ranged]], tuple[dict[str, Factors], float]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Choices:
     imatrix: Path | None = None  # in place of calibrating
     layers: tuple[LayerRule, ...] = ()  # types of single layers; go before all else
     bits: tuple[LayerRule, ...] = ()  # bits of single layers, for GPTQ and compressed-tensors
-    solver: str | None = None  # gptq: error compensation for GGUF types and AWQ; awq+gptq: of scaled columns
+    solver: str | None = None  # gptq: error compensation for GGUF types and AWQ; awq+gptq, learned: more than that
     inputs: str = "quantized"  # what solvers of packed folders are calibrated on: quantized (the prefix) or source
 
 
@@ -83,6 +88,7 @@ class Piece:
     stats: Mapping[str, Stats]
     device: Device = "cpu"
     source: Mapping[str, Stats] = field(default_factory=dict)  # the source's beside others, for `Output.scaled`
+    learn: Learn | None = None  # where the block can be run with what is solved of it
 
     def weight(self, name: str) -> Tensor:
         """A whole tensor, float32 in HF layout on the device; BadInput where a value is not finite."""
@@ -114,6 +120,7 @@ class Solved:
     quantized prefix, W is what comes nearest to the source's outputs there.
 
     `unfolded` is the same weight in a block without column scales, where some were moved from one weight to another.
+    `ranged` is it as learning moves it (`targets.learned`); a `draft` is not written: the tensor comes once more.
     """
 
     source: str
@@ -122,6 +129,8 @@ class Solved:
     loss: float
     log: dict[str, Any] = field(default_factory=dict)  # how a solver came to it, for the report
     unfolded: Tensor | None = None
+    ranged: Callable[[], Ranged] | None = None
+    draft: bool = False
 
 
 @dataclass(frozen=True)

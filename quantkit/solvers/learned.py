@@ -1,0 +1,68 @@
+"""Learned ranges: the scales of a whole block moved by gradients until what it gives comes nearest to the source's.
+
+A solver of one matrix minimizes the error of that matrix's outputs; what a block makes of the errors of all its
+matrices - in the softmax, in the product of gate and up, in the residual stream - only the block's own output tells. As
+AutoRound (Cheng et al. 2023, arXiv:2309.05516) does, ranges are tuned against it, from where the solver left them; the
+codes stay the solver's. Steps are Adam's, which are as large as those of a sign gradient where gradients agree and
+smaller where they do not. Offsets of the codes are left out: moved by sign gradients from the solver's optimum, few
+codes changed, and blocks became worse as often as better (docs/quality.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit.later import Tensor, torch
+
+ITERATIONS = 40
+ROWS = 4  # calibration rows to a step
+RATE = 0.01  # of a factor of 1, at the first step; it falls to nothing
+FARTHEST = 0.5  # how far a factor may go from 1
+
+Factors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Ranged:
+    """A solved weight as the sum of `parts` (N, K), each times a factor for every range (N, R) of its columns.
+
+    `ranges` (K,) has the range of each column; `done` makes what is stored of factors: the solved tensor anew.
+    """
+
+    parts: tuple[Tensor, ...]
+    ranges: Tensor
+    done: Callable[[Factors], Any]
+
+    def unmoved(self) -> Factors:
+        """A factor of 1 for every range."""
+        count = int(self.ranges.max()) + 1
+        return tuple(torch.ones(len(part), count, device=part.device) for part in self.parts)
+
+    def weight(self, factors: Factors) -> Tensor:
+        """The weight (N, K) with its ranges multiplied."""
+        terms = [part * factor[:, self.ranges] for part, factor in zip(self.parts, factors, strict=True)]
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+
+def learn(
+    ranged: Mapping[str, Ranged], loss: Callable[[dict[str, Tensor], list[int]], Tensor], rows: int, seed: int
+) -> dict[str, Factors]:
+    """Factors for every weight that make `loss` small: of weights by name, on some of `rows` calibration rows."""
+    factors = {name: r.unmoved() for name, r in ranged.items()}
+    every = [f.requires_grad_() for each in factors.values() for f in each]
+    steps = torch.optim.Adam(every, lr=RATE, betas=(0.9, 0.95))
+    falling = torch.optim.lr_scheduler.LinearLR(steps, 1.0, 1 / ITERATIONS, ITERATIONS)
+    drawn = torch.Generator().manual_seed(seed)
+    with torch.enable_grad():
+        for _ in range(ITERATIONS):
+            some = torch.randperm(rows, generator=drawn)[:ROWS].tolist()
+            steps.zero_grad()
+            loss({name: r.weight(factors[name]) for name, r in ranged.items()}, some).backward()
+            steps.step()
+            falling.step()
+            with torch.no_grad():
+                for f in every:
+                    f.clamp_(1 - FARTHEST, 1 + FARTHEST)
+    return {name: tuple(f.detach() for f in each) for name, each in factors.items()}

@@ -1,0 +1,105 @@
+"""`--solver learned`: ranges alone move, blocks come nearer to the source's, every format reads back as it was made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as T
+from safetensors.torch import load_file
+from test_convert import quantkit
+from toy import toy_model, write_toy
+
+from quantkit.codecs import encode, lookup
+from quantkit.codecs.grid import Grid
+from quantkit.model import open_model
+from quantkit.solvers.ladder import Encoded
+from quantkit.solvers.learned import Ranged, learn
+from quantkit.solvers.rtn import rtn
+
+CALIBRATION = ("--samples", 4, "--seqlen", 64, "--no-eval", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def q8_0(tmp_path_factory) -> Path:
+    return write_toy(tmp_path_factory.mktemp("q8_0") / "Toy.Q8_0.gguf", toy_model(), T.Q8_0)
+
+
+def made(source: Path, out: Path, *options: object) -> dict:
+    code, stdout, stderr = quantkit("convert", source, "-o", out, *options, *CALIBRATION, "--json")
+    assert code == 0, stderr
+    return json.loads(stdout)
+
+
+def test_factors_of_a_closed_form_are_found():
+    """With y = f w x for one range, the factor that the data were made with is the one of least error."""
+    g = torch.Generator().manual_seed(0)
+    w, x = torch.randn(3, 8, generator=g), torch.randn(16, 8, generator=g)
+    factors = 1 + 0.2 * torch.rand(3, 2, generator=g)
+    ranged = {"w": Ranged((w,), torch.arange(8) // 4, lambda f: f)}
+    y = x @ ranged["w"].weight((factors,)).T
+    found = learn(ranged, lambda ws, rows: (x[rows] @ ws["w"].T - y[rows]).square().mean(), len(x), seed=0)["w"]
+    before, after = ((f - factors).abs().mean() for f in (1.0, found[0]))
+    assert after < before / 2
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q4_0", "Q4_1", "IQ4_NL", "IQ4_XS"])
+def test_the_terms_of_a_ladder_are_its_weight_and_take_factors(kind):
+    weight = torch.randn(5, 512, generator=torch.Generator().manual_seed(1))
+    codec = lookup(kind)
+    encoded = Encoded(codec, encode(kind, weight))
+    terms = encoded.terms()
+    assert torch.allclose(sum(terms), encoded.dequantize(), atol=1e-6)
+    blocks = 512 // codec.block
+    same = encoded.times(tuple(torch.ones(5, blocks) for _ in terms))
+    assert torch.equal(same.dequantize(), encoded.dequantize())
+    factors = tuple(torch.linspace(0.9 + i / 20, 1.1, 5 * blocks).view(5, blocks) for i, _ in enumerate(terms))
+    wanted = Ranged(terms, torch.arange(512) // codec.block, lambda f: f).weight(factors)
+    assert torch.allclose(encoded.times(factors).dequantize(), wanted, rtol=2e-3, atol=2e-3)  # scales are fp16
+
+
+def test_scales_of_an_integer_grid_take_factors():
+    q = rtn(torch.randn(4, 64, generator=torch.Generator().manual_seed(2)), None, Grid(4, 16))
+    factors = torch.linspace(0.8, 1.2, 16).view(4, 4)
+    ranged = Ranged((q.dequantize(),), q.groups.long(), q.times)
+    assert torch.allclose(q.times(factors).dequantize(), ranged.weight((factors,)), rtol=1e-3)
+    assert torch.equal(q.times(factors).codes, q.codes)
+
+
+def test_gptq_folders_keep_their_codes_and_lose_less_of_each_block(q8_0, tmp_path):
+    plain = made(q8_0, tmp_path / "plain", "--to", "gptq-2bit-64g")
+    report = made(q8_0, tmp_path / "learned", "--to", "gptq-2bit-64g", "--solver", "learned")
+    a, b = (load_file(tmp_path / how / "gptq-2bit-64g" / "model.safetensors") for how in ("plain", "learned"))
+    first = [n for n in a if n.startswith("model.layers.0.") and n.endswith("qweight")]
+    assert first and all(torch.equal(a[n], b[n]) for n in first)  # later blocks are solved behind other weights
+    assert any(not torch.equal(a[n], b[n]) for n in a if n.startswith("model.layers.0.") and n.endswith("scales"))
+    left = [t["block_left"] for t in report["variants"][0]["tensors"] if "block_left" in t]
+    assert len(left) == 3 * 7 and all(0 < share <= 1 for share in left) and min(left) < 0.99
+    assert "block_left" not in plain["variants"][0]["tensors"][0]
+    table = (tmp_path / "learned" / "layers.csv").read_text().splitlines()
+    assert "block_left" in table[0].split(",") and len(table) == 1 + 3 * 7
+
+
+@pytest.mark.parametrize("target", ["awq-4bit-64g", "ct-4bit-64g-asym", "gptq-4bit-64g-desc", "Q4_K_M", "Q3_K_M"])
+def test_every_target_that_is_solved_can_be_learned(q8_0, tmp_path, target):
+    report = made(q8_0, tmp_path / "out", "--to", target, "--solver", "learned")
+    (variant,) = report["variants"]
+    assert variant["verified"] and any("block_left" in t for t in variant["tensors"])
+    assert open_model(tmp_path / "out" / variant["path"]).parameters
+
+
+def test_the_same_seed_makes_the_same_bytes(q8_0, tmp_path):
+    for name in ("a", "b"):
+        made(q8_0, tmp_path / name, "--to", "gptq-3bit-64g", "--solver", "learned")
+    a, b = ((tmp_path / n / "gptq-3bit-64g" / "model.safetensors").read_bytes() for n in ("a", "b"))
+    assert a == b
+
+
+def test_what_cannot_be_learned_is_refused_before_anything_is_read(q8_0, tmp_path):
+    for target in ("gptq-4bit-64g", "Q4_K_M"):
+        code, _, stderr = quantkit(
+            "convert", q8_0, "-o", tmp_path / "out", "--to", target, "--solver", "learned", "--inputs", "source"
+        )
+        assert code == 2 and "--inputs source" in stderr and not (tmp_path / "out").exists()
