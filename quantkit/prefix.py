@@ -166,6 +166,7 @@ class Inputs(Mapping[str, Stats]):
         ours, theirs = self._parameters(self.solved), self._parameters({})
         stats: Stats | None = None
         seen, stream = self.seen.by_path[path], self.net.model.arch.residual()
+        # What reads the stream before the outcome of `path` is added to it; the first matrix finds the block's input.
         before = list(stream.values())[list(stream).index(path) - 1] if path in stream else None
         for i, part in enumerate(self.behind.batches()):
             x, own = self._reaching(path, ours, self.behind, part, before)

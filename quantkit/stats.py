@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from quantkit.later import Tensor, torch
 
-GRAM_BLOCK = 512  # columns, about: small beside the widths of models, large enough for full matmul speed
+GRAM_BLOCK = 256  # columns, about: small beside the widths of models, large enough for full matmul speed
 
 
 @dataclass(frozen=True)
