@@ -124,13 +124,16 @@ class Inputs(Mapping[str, Stats]):
     def __len__(self) -> int:
         return len(readers(self.net.model))
 
-    def learn(self, ranged: Mapping[str, Ranged], seed: int = 0) -> tuple[dict[str, Factors], float]:
+    def learn(self, ranged: Mapping[str, Ranged]) -> tuple[dict[str, Factors], float]:
         """Factors of the ranges of the block's matrices by HF name, and the share of the block's error that is left.
 
         They are 1 where learning did no better on the calibration rows. What is solved of the block is kept as it is.
         """
         self.reached.clear()  # it is of weights that change now
-        goal = torch.cat([self._behind_source(part) for part in self.behind.batches()])
+        goal, theirs = torch.empty_like(self.source.hidden), self._parameters({})
+        with torch.no_grad():
+            for part in self.source.batches():
+                goal[part] = self._run(theirs, self.source.hidden[part].to(self.net.device)).to(goal.device)
 
         def loss(weights: Mapping[str, Tensor], rows: list[int]) -> Tensor:
             wanted, device = goal[rows].to(self.net.device), self.net.device
@@ -144,14 +147,9 @@ class Inputs(Mapping[str, Stats]):
                 return sum(loss(made, rows).item() * len(rows) for rows in parts)
 
         unmoved = {name: r.unmoved() for name, r in ranged.items()}
-        learned = learn(ranged, loss, len(goal), seed + self.layer)
+        learned = learn(ranged, loss, len(goal), seed=self.layer)
         before, after = error(unmoved), error(learned)
         return (learned, after / before) if after < before else (unmoved, 1.0)
-
-    @no_grad
-    def _behind_source(self, part: slice) -> Tensor:
-        """The source's hidden states behind the block, of one batch, on the CPU."""
-        return self._passed(self._parameters({}), self.source, part).to(self.source.hidden.device)
 
     @no_grad
     def advance(self) -> None:

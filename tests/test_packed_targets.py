@@ -148,7 +148,8 @@ def test_rules_of_bits_are_held_against_the_matrices(q4_1, tmp_path):
 def test_every_solved_layer_is_in_the_log(made):
     out, report = made
     rows = [line.split(",") for line in (out / "layers.csv").read_text().splitlines()]
-    assert rows[0] == ["target", "tensor", "solver", "loss_rounded", "loss", "damp", "order", "fallback", "seconds"]
+    found_how = ["loss_rounded", "loss", "damp", "order", "fallback", "block_left"]
+    assert rows[0] == ["target", "tensor", "solver", *found_how, "seconds"]
     assert len(rows) == 1 + len(SOLVED) * 21
     for variant in report["variants"]:
         solved = [t for t in variant["tensors"] if t["solver"] == "gptq"]
