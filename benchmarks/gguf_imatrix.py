@@ -16,7 +16,7 @@ import torch
 
 from quantkit.corpus import evaluation_chunks, load_text
 from quantkit.files.imatrix import read_imatrix
-from quantkit.forward import for_calibration, last, network
+from quantkit.forward import last, network
 from quantkit.importance import measure
 from quantkit.model import open_model
 
@@ -32,7 +32,7 @@ def main() -> None:
     model, tokenizer = open_model(options.model), open_model(options.model).tokenizer()
     ids = tokenizer.encode(load_text(options.text).plain())
     rows = evaluation_chunks(ids, options.ctx, tokenizer, options.chunks)
-    ours = last(measure(for_calibration(network(model, torch.device("cpu"))), rows, options.text.name))
+    ours = last(measure(network(model, torch.device("cpu")), rows, options.text.name))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "theirs.gguf"
         sizes = ["-c", options.ctx, "-b", options.ctx, "--chunks", options.chunks]

@@ -67,8 +67,8 @@ class Network:
     def calibrating(self) -> AbstractContextManager[Any]:
         """How a block is run in a calibration: products of bf16 numbers, added up in float32, where a device has them.
 
-        The residual stream and all statistics stay float32. What bf16 takes off an activation, some 0.1% of it at
-        random, averages out over the rows.
+        The residual stream and all sums stay float32. What bf16 takes off an activation, some 0.1% of it at random, is
+        little beside what quantized layers before it have done to it.
         """
         return torch.autocast(self.device.type, torch.bfloat16) if self.mixed else nullcontext()
 

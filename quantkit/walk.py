@@ -78,14 +78,15 @@ def _statistics(
 ) -> dict[str, Stats]:
     """Move `states` behind a block; the statistics of its activations where an output wants the source's.
 
-    `kept`: for the activations themselves, where an output is calibrated behind its own blocks.
+    `kept`: for the activations themselves, where an output is calibrated behind its own blocks. Statistics that go into
+    files, as importance matrices do, are of float32 products: bf16's are off by 0.1%, but up to 19% in single columns.
     """
     prefix = f"model.layers.{layer}."
     with (
         net.block(layer, {n.removeprefix(prefix): w for n, w in weights.items()}) as block,
         watching(block, readers(net.model) if wanted else {}, net.device) as stats,
         kept.watching(block, net.model) if kept else nullcontext(),
-        net.calibrating(),
+        nullcontext() if wanted else net.calibrating(),
     ):
         run(states, layer, block, net.device)
     return stats

@@ -17,7 +17,7 @@ from quantkit.cli.show import bars, err, out
 from quantkit.corpus import calibration_batch, load_text
 from quantkit.errors import UsageError
 from quantkit.files.imatrix import Imatrix, merge, read_imatrix, spread, write_imatrix
-from quantkit.forward import device_of, for_calibration, network
+from quantkit.forward import device_of, network
 from quantkit.importance import measure
 from quantkit.model import Model, open_model
 
@@ -59,7 +59,7 @@ def _measure(model: Model, name: str, samples: int, seqlen: int, seed: int, devi
     if len(rows) < samples:
         err.print(f"warning: the text {name} gives {len(rows)} of {samples} samples", soft_wrap=True)
     with bars({"calibrating": 1.0}) as bar:
-        for step in measure(for_calibration(network(model, where)), rows, text.name):
+        for step in measure(network(model, where), rows, text.name):
             if isinstance(step, Imatrix):
                 return step
             bar.step("calibrating", step + 1, model.layers)
