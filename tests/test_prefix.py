@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from toy import family_model, tokenizer
@@ -9,6 +11,7 @@ from toy import family_model, tokenizer
 from quantkit.forward import embed, network, readers, run
 from quantkit.model import open_model
 from quantkit.prefix import Inputs, Kept, prefix
+from quantkit.walk import walk
 
 CPU = torch.device("cpu")
 
@@ -97,3 +100,21 @@ def test_each_activation_is_seen_behind_what_is_solved_before_it(tmp_path, monke
                 for name, value in fused.items():
                     inside[f"model.layers.{layer}.{name}"].data.copy_(value)
         inputs.advance()
+
+
+def test_bf16_products_serve_what_is_behind_quantized_layers_and_no_statistics_of_the_source(tmp_path):
+    family_model("llama").save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    model = open_model(tmp_path)
+    plain = network(model, CPU)
+    ids = torch.randint(2, 300, (4, 48), generator=torch.Generator().manual_seed(2))
+    found = []
+    for net in (plain, replace(plain, mixed=True)):
+        step = next(walk(model, net, embed(net, ids), CPU, shared=True, behind=True))
+        inputs = Inputs(net, step.layer, step.before, prefix(step.before), step.weights, step.kept)
+        found.append((step.stats, {name: inputs[name].gram for name in readers(model)}))
+    (source, behind), (source_mixed, behind_mixed) = found
+    for name in readers(model):
+        assert torch.equal(source[name].gram, source_mixed[name].gram)
+        off = (behind[name] - behind_mixed[name]).norm() / behind[name].norm()
+        assert off < 0.01 and (off > 0) == (name != "attn_in"), name  # a norm is not a product
