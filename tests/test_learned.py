@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,8 @@ def test_scales_of_an_integer_grid_take_factors():
     ranged = Ranged((q.dequantize(),), q.groups.long(), q.times)
     assert torch.allclose(q.times(factors).dequantize(), ranged.weight((factors,)), rtol=1e-3)
     assert torch.equal(q.times(factors).codes, q.codes)
+    tiny = replace(q, scales=torch.full_like(q.scales, 2.0**-24))  # the smallest of fp16: half of it would be 0
+    assert torch.equal(tiny.times(torch.full((4, 4), 0.5)).scales, tiny.scales)
 
 
 def test_gptq_folders_keep_their_codes_and_lose_less_of_each_block(q8_0, tmp_path):

@@ -36,8 +36,9 @@ class Quantized:
         return cls(codes, scales, zeros, parts[0].index)
 
     def times(self, factors: Tensor) -> Quantized:
-        """With the scales of its groups multiplied by `factors` (N, G)."""
-        return replace(self, scales=(self.scales.float() * factors).clamp(-65504, 65504).half())
+        """With the scales of its groups multiplied by `factors` (N, G); one that fp16 would round to 0 stays."""
+        scales = (self.scales.float() * factors).clamp(-65504, 65504).half()
+        return replace(self, scales=torch.where(scales == 0, self.scales, scales))
 
     @property
     def group(self) -> int:

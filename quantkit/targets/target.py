@@ -25,7 +25,6 @@ from quantkit.targets.layers import LayerRule
 
 SCARCE = 0.005  # of the calibration tokens: a Gram matrix of fewer says little of an expert
 
-
 # Matrices of a block by HF name -> factors of their ranges, and the share of the block's error that they leave.
 Learn = Callable[[Mapping[str, Ranged]], tuple[dict[str, Factors], float]]
 
