@@ -10,7 +10,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from quantkit.files.atomic import require_space, staged, syncing
 from quantkit.files.imatrix import write_imatrix
 from quantkit.forward import EMBEDDING, Network, States, embed, for_calibration, network
 from quantkit.importance import Sums, imatrix_of, squares
+from quantkit.journal import Journal, journal
 from quantkit.later import Device, Tensor, torch
 from quantkit.model import Model, open_model
 from quantkit.plan import Plan
@@ -30,7 +31,7 @@ from quantkit.sensitivity import outer_statistics
 from quantkit.targets import Output, Piece, Row, Solved
 from quantkit.targets.gguf import IMATRIX_FILE
 from quantkit.verify import digest, verify
-from quantkit.walk import held, walk
+from quantkit.walk import Step, held, walk
 
 OUTER_ROWS = 8  # calibration rows that are run back as well, for statistics of embedding and output matrix
 
@@ -72,6 +73,14 @@ class SourceScored:
 
 
 @dataclass(frozen=True)
+class Resumed:
+    """A block of an output was taken over from a run that had not ended."""
+
+    target: str
+    layer: int
+
+
+@dataclass(frozen=True)
 class Failed:
     """An output did not pass its verification and has no final name; the others go on."""
 
@@ -79,7 +88,7 @@ class Failed:
     error: VerifyError
 
 
-Event = Progress | TensorDone | VariantDone | SourceScored | Failed
+Event = Progress | TensorDone | VariantDone | SourceScored | Resumed | Failed
 
 
 @dataclass
@@ -96,6 +105,7 @@ class _Product:
     digests: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     embedding: Tensor | None = None  # as it is quantized, until what is behind it is known
+    journal: Journal | None = None  # of its blocks, where they take long
 
     def settle(self) -> None:
         """Wait for what is being written, so that no more than one tensor is kept for it; raises what it raised."""
@@ -202,18 +212,18 @@ def _solve(
         yield from _each(products, Piece(model, {name: ref}, weights, stats, device))
         yield Progress(stage, done + 1, total)
     states = embed(net, calibration) if net and calibration is not None else None
-    rows = {}
+    rows: dict[str, States] = {}
     if net and states and calibration is not None:
-        rows = {p.output.target: _own_rows(p, net, states, calibration) for p in products if p.output.behind}
+        for p in (p for p in products if p.output.behind):
+            rows[p.output.target] = _own_rows(p, net, states, calibration)
+            p.journal = journal(p.output, model, calibration) if p.output.lasting else None
     shared = any(p.output.calibrated and (p.output.scaled or not p.output.behind) for p in products)
     for step in walk(model, net, states, device, shared, bool(rows)):
         others = [p for p in products if p.output.target not in rows]
         yield from _each(others, Piece(model, step.refs, step.weights, step.stats, device))
         for p in products:
-            if net and step.before and p.output.target in rows:
-                inputs = Inputs(net, step.layer, step.before, rows[p.output.target], step.weights, step.kept)
-                yield from _each([p], Piece(model, step.refs, step.weights, inputs, device, step.stats, inputs.learn))
-                inputs.advance()
+            if net and p.output.target in rows:
+                yield from _behind(p, net, step, rows[p.output.target], device)
         sums |= squares(step.layer, step.stats)
         yield Progress(stage, len(outer) + step.layer + 1, total)
 
@@ -224,8 +234,36 @@ def _own_rows(p: _Product, net: Network, states: States, calibration: Tensor) ->
     return prefix(states) if embedding is None else embed(net, calibration, embedding)
 
 
-def _each(products: list[_Product], piece: Piece) -> Iterator[Event]:
-    """Hand a piece to every output; what comes back is hashed and written while the next tensor is solved."""
+def _behind(p: _Product, net: Network, step: Step, own: States, device: Device) -> Iterator[Event]:
+    """One block of an output that is calibrated behind its own: solved, or taken over from its journal."""
+    assert step.before is not None
+    if p.journal and (kept := p.journal.block(step.layer)) is not None:
+        p.settle()
+        rows = {r.source: r for r in p.output.rows}
+        for e in kept:
+            p.digests[e.source] = e.digest
+            for name, part in e.parts.items():
+                p.writer.write(name, part)
+            yield TensorDone(p.output.target, rows[e.source], e.loss, 0.0, e.log)
+        if (hidden := p.journal.hidden(step.layer)) is not None:
+            own.hidden.copy_(hidden)
+        yield Resumed(p.output.target, step.layer)
+        return
+    made: list[Solved] = []
+    inputs = Inputs(net, step.layer, step.before, own, step.weights, step.kept)
+    piece = Piece(net.model, step.refs, step.weights, inputs, device, step.stats, inputs.learn)
+    yield from _each([p], piece, made if p.journal else None)
+    inputs.advance()
+    if p.journal:
+        p.settle()
+        p.journal.keep(step.layer, made, p.digests, own.hidden)
+
+
+def _each(products: list[_Product], piece: Piece, made: list[Solved] | None = None) -> Iterator[Event]:
+    """Hand a piece to every output; what comes back is hashed and written while the next tensor is solved.
+
+    What was written is also added to `made`, without the weights that it stands for.
+    """
     for p in products:
         rows = {r.source: r for r in p.output.rows}
         start = time.perf_counter()
@@ -236,6 +274,8 @@ def _each(products: list[_Product], piece: Piece) -> Iterator[Event]:
                 p.embedding = solved.value
             if solved.draft:
                 continue
+            if made is not None:
+                made.append(replace(solved, value=None, unfolded=None, ranged=None))
             p.settle()
             p.storing = p.thread.submit(_store, p, solved)
             seconds, start = time.perf_counter() - start, time.perf_counter()
@@ -255,6 +295,8 @@ def _finish(p: _Product) -> Generator[Event, None, bool]:
     start, stage = time.perf_counter(), f"verifying {p.output.target}"
     p.settle()
     p.writing.close()
+    if p.journal:
+        p.journal.clear()
     try:
         check = check_seals if p.output.sealed else verify
         with syncing(p.partial):

@@ -16,6 +16,7 @@ from toy import toy_model, write_toy
 from quantkit.codecs import encode, lookup
 from quantkit.codecs.grid import Grid
 from quantkit.model import open_model
+from quantkit.prefix import Inputs
 from quantkit.solvers.ladder import Encoded
 from quantkit.solvers.learned import Ranged, learn
 from quantkit.solvers.rtn import rtn
@@ -106,3 +107,31 @@ def test_what_cannot_be_learned_is_refused_before_anything_is_read(q8_0, tmp_pat
             "convert", q8_0, "-o", tmp_path / "out", "--to", target, "--solver", "learned", "--inputs", "source"
         )
         assert code == 2 and "--inputs source" in stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("target", "ending"), [("gptq-2bit-64g", "safetensors"), ("Q4_0", "gguf")])
+def test_a_run_that_was_ended_goes_on_and_makes_the_same_bytes(q8_0, tmp_path, monkeypatch, target, ending):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    unfinished = tmp_path / "cache" / "quantkit" / "unfinished"
+    made(q8_0, tmp_path / "whole", "--to", target, "--solver", "learned")
+    assert not list(unfinished.iterdir())
+    blocks = []
+
+    def ended(inputs: Inputs, ranged: object) -> object:
+        blocks.append(inputs.layer)
+        if inputs.layer == 1 and len(blocks) == 2:
+            raise KeyboardInterrupt
+        return learned_block(inputs, ranged)
+
+    learned_block = Inputs.learn
+    monkeypatch.setattr(Inputs, "learn", ended)
+    how = (target, "--solver", "learned")
+    code, _, stderr = quantkit("convert", q8_0, "-o", tmp_path / "again", "--to", *how, *CALIBRATION)
+    assert code == 130, stderr
+    (kept,) = unfinished.iterdir()
+    report = made(q8_0, tmp_path / "again", "--to", *how)
+    assert blocks == [0, 1, *range(1, open_model(q8_0).layers)]  # block 0 is not learned again
+    assert f"{target}: blocks 0 to 0 are those of a run that had not ended" in report["warnings"]
+    assert not kept.exists()
+    (a,), (b,) = (list((tmp_path / run).rglob(f"*.{ending}")) for run in ("whole", "again"))
+    assert a.read_bytes() == b.read_bytes()

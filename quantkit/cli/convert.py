@@ -12,7 +12,7 @@ from quantkit.cli.compare import illustrate_conversion
 from quantkit.cli.fitting import calibration_rows, fitted, write_recipe
 from quantkit.cli.options import CHAT_TEMPLATE, OVERRIDE, SOURCE
 from quantkit.cli.show import bars, err, out, size, variants_table
-from quantkit.convert import Failed, Progress, SourceScored, TensorDone, VariantDone, claim, convert
+from quantkit.convert import Failed, Progress, Resumed, SourceScored, TensorDone, VariantDone, claim, convert
 from quantkit.corpus import Text, evaluation_chunks, load_text
 from quantkit.errors import VerifyError
 from quantkit.evaluate import Score
@@ -135,6 +135,7 @@ def _run(
     tensors: dict[str, list[TensorDone]] = {o.target: [] for o in plan.outputs}
     source_score, failed, sha256 = None, [], fingerprinting(model)
     scores: dict[str, Score] = {}
+    resumed: dict[str, str] = {}
     if plan.calibrated and on_cpu(device):
         keep_freed_memory()
     with bars(plan.stages) as bar:
@@ -144,6 +145,8 @@ def _run(
                     bar.step(stage, done, total)
                 case TensorDone(target):
                     tensors[target].append(event)
+                case Resumed(target, layer):
+                    resumed[target] = f"{target}: blocks 0 to {layer} are those of a run that had not ended"
                 case SourceScored(score):
                     source_score = score
                 case VariantDone(made, _, score):
@@ -154,7 +157,7 @@ def _run(
     if not variants:  # all failed: nothing was made, and nothing is left to lay a report beside
         return failed
     every = [t for done in tensors.values() for t in done]
-    grown = [*upcasts(model, every), *fallbacks(every)]
+    grown = [*resumed.values(), *upcasts(model, every), *fallbacks(every)]
     for warning in grown:
         err.print(f"warning: {warning}", soft_wrap=True)
     record = report(

@@ -27,9 +27,10 @@ from quantkit.targets.gguf_gptq import COMPENSATED, OUTER, compensated, known, s
 from quantkit.targets.gguf_metadata import metadata_of
 from quantkit.targets.gguf_tensors import encoded, held, importance_of
 from quantkit.targets.layers import require_matches
-from quantkit.targets.learned import LEARNED, learned, require_behind
+from quantkit.targets.learned import learned, require_behind
 from quantkit.targets.mixtures import MIXTURES, Shape, choose, file_type, kind_of, quantizable, requires_imatrix
 from quantkit.targets.target import (
+    LEARNED,
     Calibration,
     Choices,
     Family,

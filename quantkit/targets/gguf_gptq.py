@@ -16,8 +16,7 @@ from quantkit.solvers.gptq import Solution
 from quantkit.solvers.ladder import Encoded, ladder_gptq
 from quantkit.solvers.learned import Factors, Ranged
 from quantkit.stats import Stats
-from quantkit.targets.learned import LEARNED
-from quantkit.targets.target import Piece, Row, Solved, readers_of
+from quantkit.targets.target import LEARNED, Piece, Row, Solved, readers_of
 
 OUTER = ("token_embd.weight", "output.weight")
 COMPENSATED = ("gptq", LEARNED)  # the solvers

@@ -26,8 +26,9 @@ from quantkit.solvers.learned import Ranged
 from quantkit.stats import Stats
 from quantkit.targets.folding import Folded, fold
 from quantkit.targets.layers import LayerRule, first_rule, require_matches
-from quantkit.targets.learned import LEARNED, learned, require_behind
+from quantkit.targets.learned import learned, require_behind
 from quantkit.targets.target import (
+    LEARNED,
     Choices,
     Output,
     Piece,

@@ -8,8 +8,6 @@ from dataclasses import replace
 from quantkit.errors import UsageError
 from quantkit.targets.target import Piece, Solved
 
-LEARNED = "learned"
-
 
 def require_behind(below: bool, target: str) -> None:
     """UsageError where ranges are to be learned and blocks are not calibrated behind those that are solved."""

@@ -23,6 +23,7 @@ from quantkit.solvers.learned import Factors, Ranged
 from quantkit.stats import Stats, error
 from quantkit.targets.layers import LayerRule
 
+LEARNED = "learned"  # the solver (`targets.learned`)
 SCARCE = 0.005  # of the calibration tokens: a Gram matrix of fewer says little of an expert
 
 # Matrices of a block by HF name -> factors of their ranges, and the share of the block's error that they leave.
@@ -154,6 +155,11 @@ class Output:
     def nbytes(self) -> int:
         """Bytes of everything that will be written."""
         return self.layout.nbytes + sum(len(t.encode()) for t in self.texts.values())
+
+    @property
+    def lasting(self) -> bool:
+        """Whether a block takes so long that it is kept until all are done (`quantkit.journal`)."""
+        return any(row.solver == LEARNED for row in self.rows)
 
     @property
     def root(self) -> str:

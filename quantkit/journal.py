@@ -1,0 +1,91 @@
+"""Blocks of an output that takes long to solve, kept until it is complete: a run that was ended goes on behind them.
+
+A block's tensors are kept as they are written, with the hidden states of the output's calibration rows behind the last
+one, in the cache folder, under a name that says all they depend on. So what is found there is of the same work, and a
+run that goes on makes the bytes that one run makes.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantkit.cache import fingerprint, folder, hash_of, key
+from quantkit.errors import QuantkitError
+from quantkit.files.atomic import staged
+from quantkit.later import Tensor, torch
+from quantkit.model import Model
+from quantkit.targets import Output, Solved
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as it was written: what of `Solved` goes into files and report, and the hash to verify it by."""
+
+    source: str
+    parts: dict[str, Tensor]
+    loss: float
+    log: dict[str, Any]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The folder of one output's blocks."""
+
+    path: Path
+
+    def block(self, layer: int) -> list[Entry] | None:
+        """The tensors of a block; None where it, or one before it, was not kept."""
+        state = self._read("state")
+        if state is None or layer > state["layer"]:
+            return None
+        kept = self._read(str(layer))
+        return None if kept is None else [Entry(**e) for e in kept["tensors"]]
+
+    def hidden(self, layer: int) -> Tensor | None:
+        """The hidden states (n, T, hidden) behind a block, if it is the last."""
+        state = self._read("state")
+        return state["hidden"] if state is not None and layer == state["layer"] else None
+
+    def keep(self, layer: int, tensors: Sequence[Solved], digests: Mapping[str, str], hidden: Tensor) -> None:
+        """Add a block. A disk that is full or read-only costs the time of a later run, and not this one."""
+        entries = [Entry(s.source, _tensors(s.parts), s.loss, s.log, digests[s.source]) for s in tensors]
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write(str(layer), {"tensors": [vars(e) for e in entries]})
+            self._write("state", {"layer": layer, "hidden": hidden})
+        except (OSError, QuantkitError):
+            return
+
+    def clear(self) -> None:
+        """Forget it all."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            return torch.load(self.path / f"{name}.pt", weights_only=True, mmap=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError):
+            return None
+
+    def _write(self, name: str, what: dict[str, Any]) -> None:
+        with staged(self.path / f"{name}.pt", replace=True) as partial:
+            torch.save(what, partial)
+
+
+def journal(output: Output, model: Model, calibration: Tensor) -> Journal:
+    """The journal of this output, made of this model and these calibration rows by this version."""
+    plan = [output.target, output.note, [asdict(row) for row in output.rows]]
+    name = key(version("gguf-quantkit"), fingerprint(model), dict(model.facts), plan, hash_of(calibration))
+    return Journal(folder() / "unfinished" / name)
+
+
+def _tensors(parts: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {n: p.cpu() if isinstance(p, torch.Tensor) else torch.from_numpy(np.array(p)) for n, p in parts.items()}
