@@ -18,6 +18,7 @@ from quantkit.later import Device, on_cpu, torch
 from quantkit.model import Model
 from quantkit.prefix import KEPT_BYTES
 from quantkit.recipe import Recipe, target_bytes
+from quantkit.solvers.learned import ITERATIONS, ROWS
 from quantkit.targets import Calibration, Output, plan_output
 from quantkit.targets.target import linear
 
@@ -100,6 +101,7 @@ def make_plan(model: Model, recipe: Recipe, device: Device, rows: int | None = N
     if calibration is None and (needy := [o.target for o in outputs if o.calibrated]):
         raise UsageError("needs a calibration text", where=needy[0], hint="do without --no-calibration")
     batch, working = _batch(model, recipe, device, outputs)
+    working += _learning_bytes(model, recipe) if any(o.lasting for o in outputs) else 0
     calibrated = any(o.calibrated for o in outputs)
     states = _state_bytes(model, recipe) + _prefix_bytes(model, recipe, sum(o.behind for o in outputs))
     states += _block_bytes(model) if calibrated else 0  # the next one, read ahead
@@ -176,6 +178,15 @@ def _prefix_bytes(model: Model, recipe: Recipe, outputs: int) -> int:
     return (outputs + 2) * own + 3 * min(KEPT_BYTES, kept) if outputs else 0
 
 
+def _learning_bytes(model: Model, recipe: Recipe) -> int:
+    """Of ranges that are learned: a block's weights in two terms, multiplied, and its gradient; a step's activations.
+
+    Those are what autograd keeps of every token: some eight tensors as wide as the stream, five as wide as the MLP.
+    """
+    hidden, ffn = model.config["hidden_size"], model.config["intermediate_size"]
+    return 4 * _block_bytes(model) + 4 * ROWS * recipe.seqlen * (8 * hidden + 5 * ffn)
+
+
 # Products with a Gram matrix, or work that costs as much, that each kind of output makes for every matrix.
 _PRODUCTS = {"gptq": 4, "awq": 24, "gguf": 4}
 _READ_BYTES_PER_SECOND = 400e6  # of float32 weights decoded, hashed and compared, measured on two CPU cores
@@ -191,6 +202,8 @@ def _seconds(model: Model, recipe: Recipe, outputs: tuple[Output, ...], device: 
         tokens = recipe.samples * recipe.seqlen
         per_column = sum(2 * r.shape[0] * r.shape[1] ** 2 for r in linear(model).values())
         flops = 2 * tokens * (params + model.layers * sum(k * k for k in _grams(model)))
+        learned = sum(o.lasting for o in outputs)  # a pass forth and back is three forth; three more are over all rows
+        flops += 6 * learned * params * recipe.seqlen * (ITERATIONS * ROWS + recipe.samples)
         solving += (flops + per_column * sum(_PRODUCTS.get(o.format, 0) for o in outputs)) / speed
     stages = {"calibrating and solving" if calibrated else "writing": solving}
     stages |= {f"verifying {o.target}": reading for o in outputs}

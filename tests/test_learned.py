@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_convert import quantkit
 from toy import toy_model, write_toy
 
+from quantkit import plan
 from quantkit.codecs import encode, lookup
 from quantkit.codecs.grid import Grid
 from quantkit.model import open_model
@@ -135,3 +136,11 @@ def test_a_run_that_was_ended_goes_on_and_makes_the_same_bytes(q8_0, tmp_path, m
     assert not kept.exists()
     (a,), (b,) = (list((tmp_path / run).rglob(f"*.{ending}")) for run in ("whole", "again"))
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_dry_run_counts_what_learning_takes(q8_0, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "_flops_per_second", lambda _: 1e9)  # what it measures is another number each time
+    how = ("--to", "gptq-2bit-64g", "--dry-run")
+    plain, more = (made(q8_0, tmp_path / "none", *how, *solver) for solver in ((), ("--solver", "learned")))
+    assert more["peak_ram_bytes"] > plain["peak_ram_bytes"]
+    assert more["seconds_estimate"] > 2 * plain["seconds_estimate"]
