@@ -6,7 +6,6 @@ one block of the 70B shape through `convert` to GPTQ, with all of the device's m
 
 from __future__ import annotations
 
-import importlib
 import platform
 import statistics
 import sys
@@ -22,14 +21,13 @@ from unittest import mock
 import torch
 from synthetic import Size, write
 
-from quantkit import Recipe, device_of, make_plan, open_model, prefix, walk
+from quantkit import Recipe, convert, device_of, make_plan, open_model, prefix, walk
 from quantkit.codecs import encode
 from quantkit.errors import UsageError
+from quantkit.events import Progress
 from quantkit.forward import limit_device
 from quantkit.recipe import target_bytes
 from quantkit.targets import grids
-
-convert = importlib.import_module("quantkit.convert")  # `quantkit.convert` is the function of that name
 
 TYPES = ("Q4_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 LLAMA_70B_WEIGHTS = 68.977e9
@@ -125,8 +123,8 @@ def one_block(size: Size, rows: int, seqlen: int, device: torch.device, vram: st
         with ExitStack() as stack:
             for owner, name, what in PARTS:
                 stack.enter_context(clock.watching(owner, name, what))
-            for event in convert.convert(model, plan, Path(scratch, "out"), device, ids, None, None):
-                if isinstance(event, convert.Progress) and event.stage == "calibrating and solving":
+            for event in convert(model, plan, Path(scratch, "out"), device, ids, None, None):
+                if isinstance(event, Progress) and event.stage == "calibrating and solving":
                     clock.turn()
                     ends.append(time.perf_counter())
     block = ends[-1] - ends[-2]

@@ -17,9 +17,9 @@ from threading import Thread
 from typing import Any
 
 from quantkit.cache import fingerprint
-from quantkit.convert import TensorDone, VariantDone
 from quantkit.corpus import Text
 from quantkit.evaluate import Score
+from quantkit.events import TensorDone, VariantDone
 from quantkit.later import Tensor
 from quantkit.model import Model
 from quantkit.recipe import Recipe

@@ -41,8 +41,10 @@ ALLOWED = {
     "verify": {"targets", "model", "codecs"},
     "walk": {"codecs", "forward", "model", "prefix", "stats", "targets"},
     "seal": {"targets", "model", "codecs", "files", "verify"},
-    "convert": {"plan", "targets", "model", "files", "forward", "evaluate", "verify", "stats", "corpus"}
-    | {"importance", "journal", "prefix", "seal", "sensitivity", "walk"},
+    "events": {"evaluate", "targets"},
+    "product": {"events", "files", "forward", "journal", "prefix", "seal", "targets", "verify", "walk"},
+    "convert": {"plan", "targets", "model", "files", "forward", "evaluate", "stats", "corpus", "events", "importance"}
+    | {"journal", "prefix", "product", "sensitivity", "walk"},
     "selfcal": {"forward", "model", "corpus", "files"},
     "hardware": set(),
     "memory": {"model", "targets"},
@@ -50,7 +52,7 @@ ALLOWED = {
     "sensitivity": {"forward", "stats"},
     "fit": {"forward", "sensitivity"},
     "fit_types": {"codecs", "files", "fit", "forward", "model", "sensitivity", "solvers", "targets"},
-    "report": {"cache", "convert", "corpus", "evaluate", "model", "recipe", "targets"},
+    "report": {"cache", "corpus", "events", "evaluate", "model", "recipe", "targets"},
 }
 
 

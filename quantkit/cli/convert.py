@@ -12,10 +12,11 @@ from quantkit.cli.compare import illustrate_conversion
 from quantkit.cli.fitting import calibration_rows, fitted, write_recipe
 from quantkit.cli.options import CHAT_TEMPLATE, OVERRIDE, SOURCE
 from quantkit.cli.show import bars, err, out, size, variants_table
-from quantkit.convert import Failed, Progress, Resumed, SourceScored, TensorDone, VariantDone, claim, convert
+from quantkit.convert import claim, convert
 from quantkit.corpus import Text, evaluation_chunks, load_text
 from quantkit.errors import VerifyError
 from quantkit.evaluate import Score
+from quantkit.events import Failed, Progress, Resumed, SourceScored, TensorDone, VariantDone
 from quantkit.files.atomic import staged
 from quantkit.forward import limit_device, place_of
 from quantkit.hardware import keep_freed_memory

@@ -1,6 +1,6 @@
 """Rows of one type straight to another on the CPU, by libggml and numpy: what a GGUF made of a GGUF takes, no torch.
 
-Each thread takes a slab of rows: decodes it, encodes it, decodes every fourth row of what came out of that, and
+Each thread takes a slab of rows: decodes it, encodes it, decodes every eighth row of what came out of that, and
 measures the difference. The two buffers of a thread are all that is made beside the result, and they stay in its core's
 cache. Sums of squares tell whether all is finite as well as how large the error is: no pass over the weights is made
 for the check alone.
@@ -21,7 +21,7 @@ from quantkit.codecs.registry import lookup
 from quantkit.codecs.sharing import share_out, slabs
 from quantkit.errors import BadInput
 
-EVERY = 4  # of so many rows of a slab one is read back: all of them take a tenth of the time that Q6_K takes to encode
+EVERY = 8  # of so many rows of a slab one is read back: all of them take a tenth of the time that Q6_K takes to encode
 HALF_HOLDS = 1 << 14  # weights up to here have scales that half precision holds: none exceeds its block's largest
 
 Numbers = Callable[[slice, Floats], Floats]  # rows of a matrix as float32; a buffer of their size may be used for them
@@ -41,7 +41,7 @@ def in_floats(weight: Floats) -> Numbers:
 def recode(kind: str, numbers: Numbers, rows: int, width: int, importance: Floats | None = None) -> tuple[Bytes, float]:
     """`rows` rows of `width` as type `kind` (rows, row_bytes), and the share of their energy that this costs.
 
-    The share is that of every fourth row of each slab, of all rows where there is one slab. The rows are those of as
+    The share is that of every eighth row of each slab, of all rows where there is one slab. The rows are those of as
     many experts as `importance` (experts, width) has rows, each with its own. Raises BadInput for what the type cannot
     hold.
     """
