@@ -154,7 +154,12 @@ with staged(sys.argv[1]) as partial:
 def python(code: str, path: Path) -> subprocess.Popen[str]:
     root = Path(__file__).parent.parent
     command = [sys.executable, "-c", code, str(path)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
+
+    def heeding() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so would this process
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, cwd=root, preexec_fn=heeding)
 
 
 def test_a_limit_the_system_sets_is_met_for_real(tmp_path):
