@@ -126,7 +126,9 @@ def _solve(
     if net and states and calibration is not None:
         for p in (p for p in products if p.output.behind):
             rows[p.output.target] = _own_rows(p, net, states, calibration)
-            p.journal = journal(p.output, model, calibration) if p.output.lasting else None
+            if p.output.lasting:
+                p.journal = journal(p.output, model, calibration)
+                p.resumed = p.journal.resume()
     shared = any(p.output.calibrated and (p.output.scaled or not p.output.behind) for p in products)
     for step in walk(model, net, states, device, shared, bool(rows)):
         others = [p for p in products if p.output.target not in rows]

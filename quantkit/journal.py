@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.cache import fingerprint, folder, hash_of, key
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, Resumable
 from quantkit.files.atomic import staged
 from quantkit.later import Tensor, torch
 from quantkit.model import Model
@@ -42,18 +42,20 @@ class Journal:
 
     path: Path
 
-    def block(self, layer: int) -> list[Entry] | None:
-        """The tensors of a block; None where it, or one before it, was not kept."""
+    def resume(self) -> tuple[int, Tensor] | None:
+        """The last block kept and the hidden states (n, T, hidden) behind it; None where not all up to it are whole."""
         state = self._read("state")
-        if state is None or layer > state["layer"]:
+        if state is None or any(self._read(str(layer)) is None for layer in range(state["layer"] + 1)):
             return None
-        kept = self._read(str(layer))
-        return None if kept is None else [Entry(**e) for e in kept["tensors"]]
+        return state["layer"], state["hidden"]
 
-    def hidden(self, layer: int) -> Tensor | None:
-        """The hidden states (n, T, hidden) behind a block, if it is the last."""
-        state = self._read("state")
-        return state["hidden"] if state is not None and layer == state["layer"] else None
+    def block(self, layer: int) -> list[Entry]:
+        """The tensors of a block that `resume` told of."""
+        kept = self._read(str(layer))
+        if kept is None:
+            hint = f"remove {self.path} and run the same command again"
+            raise Resumable("a block kept from an earlier run is gone", where=self.path / f"{layer}.pt", hint=hint)
+        return [Entry(**e) for e in kept["tensors"]]
 
     def keep(self, layer: int, tensors: Sequence[Solved], digests: Mapping[str, str], hidden: Tensor) -> None:
         """Add a block. A disk that is full or read-only costs the time of a later run, and not this one."""
@@ -70,6 +72,7 @@ class Journal:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _read(self, name: str) -> dict[str, Any] | None:
+        """What was kept under a name; None where it is not there or damaged: then it is made again."""
         try:
             return torch.load(self.path / f"{name}.pt", weights_only=True, mmap=True)
         except (OSError, RuntimeError, pickle.UnpicklingError):

@@ -101,7 +101,6 @@ def make_plan(model: Model, recipe: Recipe, device: Device, rows: int | None = N
     if calibration is None and (needy := [o.target for o in outputs if o.calibrated]):
         raise UsageError("needs a calibration text", where=needy[0], hint="do without --no-calibration")
     batch, working = _batch(model, recipe, device, outputs)
-    working += _learning_bytes(model, recipe) if any(o.lasting for o in outputs) else 0
     calibrated = any(o.calibrated for o in outputs)
     states = _state_bytes(model, recipe) + _prefix_bytes(model, recipe, sum(o.behind for o in outputs))
     states += _block_bytes(model) if calibrated else 0  # the next one, read ahead
@@ -125,7 +124,8 @@ def _batch(model: Model, recipe: Recipe, device: Device, outputs: tuple[Output, 
         raise UsageError("limits a CUDA device, and this runs on the CPU", where="--vram", hint="leave it out")
     calibrated, below = any(o.calibrated for o in outputs), any(o.behind for o in outputs)
     batch, least = BATCH_TOKENS, max(recipe.seqlen, recipe.ctx if recipe.eval_text else 0)
-    while (working := _working_bytes(model, recipe, calibrated, below, batch)) > (limit or working):
+    learning = _learning_bytes(model, recipe) if any(o.lasting for o in outputs) else 0
+    while (working := learning + _working_bytes(model, recipe, calibrated, below, batch)) > (limit or working):
         if batch <= least:
             raise UsageError(
                 f"this takes about {working / 2**30:.2f} GiB on the device, more than {recipe.vram}",

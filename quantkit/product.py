@@ -14,7 +14,7 @@ from quantkit.errors import VerifyError
 from quantkit.events import Event, Failed, Progress, Resumed, TensorDone
 from quantkit.files.atomic import staged, syncing
 from quantkit.forward import EMBEDDING, Network, States
-from quantkit.journal import Journal
+from quantkit.journal import Entry, Journal
 from quantkit.later import Device, Tensor
 from quantkit.prefix import Inputs
 from quantkit.seal import check_seals, seal
@@ -38,6 +38,7 @@ class Product:
     seconds: float = 0.0
     embedding: Tensor | None = None  # as it is quantized, until what is behind it is known
     journal: Journal | None = None  # of its blocks, where they take long
+    resumed: tuple[int, Tensor] | None = None  # the last block that is taken over from it, and the rows behind that
 
     def settle(self) -> None:
         """Wait for what is being written, so that no more than one tensor is kept for it; raises what it raised."""
@@ -58,16 +59,10 @@ def opened(output: Output, out: Path, force: bool, parent: ExitStack) -> Product
 def behind(p: Product, net: Network, step: Step, own: States, device: Device) -> Iterator[Event]:
     """One block of an output that is calibrated behind its own: solved, or taken over from its journal."""
     assert step.before is not None
-    if p.journal and (kept := p.journal.block(step.layer)) is not None:
-        p.settle()
-        rows = {r.source: r for r in p.output.rows}
-        for e in kept:
-            p.digests[e.source] = e.digest
-            for name, part in e.parts.items():
-                p.writer.write(name, part)
-            yield TensorDone(p.output.target, rows[e.source], e.loss, 0.0, e.log)
-        if (hidden := p.journal.hidden(step.layer)) is not None:
-            own.hidden.copy_(hidden)
+    if p.journal and p.resumed and step.layer <= p.resumed[0]:
+        yield from _taken_over(p, p.journal.block(step.layer))
+        if step.layer == p.resumed[0]:
+            own.hidden.copy_(p.resumed[1])
         yield Resumed(p.output.target, step.layer)
         return
     made: list[Solved] = []
@@ -78,6 +73,17 @@ def behind(p: Product, net: Network, step: Step, own: States, device: Device) ->
     if p.journal:
         p.settle()
         p.journal.keep(step.layer, made, p.digests, own.hidden)
+
+
+def _taken_over(p: Product, kept: list[Entry]) -> Iterator[Event]:
+    """Write what an earlier run solved."""
+    p.settle()
+    rows = {r.source: r for r in p.output.rows}
+    for e in kept:
+        p.digests[e.source] = e.digest
+        for name, part in e.parts.items():
+            p.writer.write(name, part)
+        yield TensorDone(p.output.target, rows[e.source], e.loss, 0.0, e.log)
 
 
 def each(products: list[Product], piece: Piece, made: list[Solved] | None = None) -> Iterator[Event]:
@@ -116,17 +122,22 @@ def finish(p: Product) -> Generator[Event, None, bool]:
     start, stage = time.perf_counter(), f"verifying {p.output.target}"
     p.settle()
     p.writing.close()
-    if p.journal:
-        p.journal.clear()
     try:
         check = check_seals if p.output.sealed else verify
         with syncing(p.partial):
             for done, _ in enumerate(check(p.output, p.partial, p.digests)):
                 yield Progress(stage, done + 1, len(p.output.rows))
     except VerifyError as e:
+        _forget(p)  # or the next run would take it over
         p.staging.__exit__(type(e), e, e.__traceback__)
         yield Failed(p.output, e)
         return False
     p.staging.close()
+    _forget(p)
     p.seconds += time.perf_counter() - start
     return True
+
+
+def _forget(p: Product) -> None:
+    if p.journal:
+        p.journal.clear()

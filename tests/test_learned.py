@@ -16,11 +16,14 @@ from toy import toy_model, write_toy
 from quantkit import plan
 from quantkit.codecs import encode, lookup
 from quantkit.codecs.grid import Grid
+from quantkit.errors import Resumable
+from quantkit.journal import Journal
 from quantkit.model import open_model
 from quantkit.prefix import Inputs
 from quantkit.solvers.ladder import Encoded
 from quantkit.solvers.learned import Ranged, learn
 from quantkit.solvers.rtn import rtn
+from quantkit.targets import Solved
 
 CALIBRATION = ("--samples", 4, "--seqlen", 64, "--no-eval", "--device", "cpu")
 
@@ -130,12 +133,28 @@ def test_a_run_that_was_ended_goes_on_and_makes_the_same_bytes(q8_0, tmp_path, m
     code, _, stderr = quantkit("convert", q8_0, "-o", tmp_path / "again", "--to", *how, *CALIBRATION)
     assert code == 130, stderr
     (kept,) = unfinished.iterdir()
+    assert Journal(kept).resume()[0] == 0
     report = made(q8_0, tmp_path / "again", "--to", *how)
     assert blocks == [0, 1, *range(1, open_model(q8_0).layers)]  # block 0 is not learned again
     assert f"{target}: blocks 0 to 0 are those of a run that had not ended" in report["warnings"]
     assert not kept.exists()
     (a,), (b,) = (list((tmp_path / run).rglob(f"*.{ending}")) for run in ("whole", "again"))
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_journal_that_is_not_whole_is_of_no_use(tmp_path):
+    solved = [Solved("w", {"w.qweight": torch.arange(4)}, None, 0.5, {"damp": 0.1, "fallback": None})]
+    journal = Journal(tmp_path / "j")
+    for layer in range(3):
+        journal.keep(layer, solved, {"w": "hash"}, torch.full((1, 2), float(layer)))
+    layer, hidden = journal.resume()
+    assert layer == 2 and hidden.tolist() == [[2.0, 2.0]]
+    (entry,) = journal.block(1)
+    assert entry.parts["w.qweight"].tolist() == [0, 1, 2, 3] and (entry.loss, entry.digest) == (0.5, "hash")
+    (tmp_path / "j" / "1.pt").write_bytes(b"cut off")
+    assert journal.resume() is None  # block 2 is whole, but what reaches block 1 is not known
+    with pytest.raises(Resumable, match="run the same command again"):
+        journal.block(1)
 
 
 def test_a_dry_run_counts_what_learning_takes(q8_0, tmp_path, monkeypatch):
