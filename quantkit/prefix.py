@@ -8,7 +8,7 @@ source's is (`Stats.wanted`): it makes up for what the stream has lost before it
 No part of a block is run twice: what reached the last matrix of a module (of the attention, of the MLP) is kept, and
 the next pass begins with what that matrix, solved by then, makes of it. Kept are also the source's activations from its
 one pass through the block, both as far as `KEPT_BYTES` go. Memory beside that: the hidden states of both, what reached
-the attention's last matrix, as much again, and one batch's activations.
+the attention's last matrix and what came of it, as much again each, and one batch's activations.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from quantkit.stats import Stats
 
 KEPT_BYTES = 2 << 30  # for each of the two, in CPU memory; what goes beyond it is computed again
 Notes = tuple[str, int]  # a module, and how many values it returns beside its first
+Place = tuple[int, str, int]  # of which rows, before which reader, from which row on
 
 
 class _Seen(Exception):
@@ -93,8 +94,8 @@ class Inputs(Mapping[str, Stats]):
     """Statistics of a block's activations, each taken when it is asked for, behind what is solved of the block by then.
 
     `source` and `behind` are the hidden states before the block, `original` its weights on the device by HF name,
-    `seen` what is kept of the source's activations; `reached`, by rows, reader and
-    batch, what reached the end of a module.
+    `seen` what is kept of the source's activations; `reached`, by rows, reader and batch, what reached the end of a
+    module, and `left` the weight that met it there with what came of the two.
     """
 
     net: Network
@@ -105,7 +106,8 @@ class Inputs(Mapping[str, Stats]):
     seen: Kept = field(default_factory=Kept)
     solved: dict[str, Tensor] = field(default_factory=dict)
     known: dict[str, Stats] = field(default_factory=dict)
-    reached: dict[tuple[int, str, int], Tensor] = field(default_factory=dict)
+    reached: dict[Place, Tensor] = field(default_factory=dict)
+    left: dict[Place, tuple[Tensor, Tensor]] = field(default_factory=dict)
     nbytes: int = 0
 
     def take(self, name: str, value: Tensor | None) -> None:
@@ -129,7 +131,8 @@ class Inputs(Mapping[str, Stats]):
 
         They are 1 where learning did no better on the calibration rows. What is solved of the block is kept as it is.
         """
-        self.reached.clear()  # it is of weights that change now
+        self.reached.clear()  # these are of weights that change now
+        self.left.clear()
         goal, theirs = torch.empty_like(self.source.hidden), self._parameters({})
         with torch.no_grad():
             for part in self.source.batches():
@@ -205,13 +208,26 @@ class Inputs(Mapping[str, Stats]):
                 return seen.x, passed[-1]
         raise AssertionError("a block reaches all of its matrices")
 
-    def _keep(self, key: tuple[int, str, int], x: Tensor) -> None:
+    def _keep(self, key: Place, x: Tensor) -> None:
         """Keep what reached the end of a module; of the MLP, which is wide, for `advance` alone while there is room."""
-        if key[1] == list(readers(self.net.model).values())[-1]:
+        if key[1] == self._end:
             self.nbytes += x.nbytes
             if self.nbytes > KEPT_BYTES or key[0] == id(self.source):
                 return
         self.reached[key] = x.to(self.behind.hidden.device)
+
+    def _leaving(self, key: Place, last: nn.Module, weight: Tensor) -> Tensor:
+        """What the `last` matrix of a module makes of what reached it, kept where later passes ask for it, too."""
+        met, out = self.left.get(key, (None, None))
+        if out is None or met is not weight:
+            out = last(self.reached[key].to(self.net.device))
+            if key[1] != self._end:
+                self.left[key] = weight, out.to(self.behind.hidden.device)
+        return out.to(self.net.device)
+
+    @property
+    def _end(self) -> str:
+        return list(readers(self.net.model).values())[-1]
 
     def _passed(self, parameters: Mapping[str, Tensor], states: States, part: slice) -> Tensor:
         """One batch through the block; a module whose end was reached gives what its last matrix makes of that."""
@@ -220,10 +236,11 @@ class Inputs(Mapping[str, Stats]):
             for path, (name, others) in self.seen.ends.items():
                 key, last = (id(states), path, part.start), block.get_submodule(path)
                 if key in self.reached:
-                    x = self.reached[key].to(self.net.device)
-                    stack.enter_context(_giving(block.get_submodule(name), partial(last, x), others))
-                else:
-                    hook = last.register_forward_pre_hook(lambda _, args, key=key: self._keep(key, args[0]))
+                    out = partial(self._leaving, key, last, parameters[f"{path}.weight"])
+                    stack.enter_context(_giving(block.get_submodule(name), out, others))
+                else:  # before any hook that ends the pass here
+                    keep = partial(self._keep, key)
+                    hook = last.register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0]), prepend=True)
                     stack.callback(hook.remove)
             return self._run(parameters, hidden)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -100,6 +101,28 @@ def test_each_activation_is_seen_behind_what_is_solved_before_it(tmp_path, monke
                 for name, value in fused.items():
                     inside[f"model.layers.{layer}.{name}"].data.copy_(value)
         inputs.advance()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
+def test_no_part_of_a_block_is_run_twice(tmp_path, family):
+    family_model(family).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    model = open_model(tmp_path)
+    net = network(model, CPU, batch_tokens=100)  # three batches of two rows
+    ids = torch.randint(2, 300, (6, 48), generator=torch.Generator().manual_seed(3))
+    step = next(walk(model, net, embed(net, ids), CPU, shared=False, behind=True))
+    inputs = Inputs(net, step.layer, step.before, prefix(step.before), step.weights, step.kept)
+    calls: Counter[str] = Counter()
+    for name, module in net.base.layers[0].named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    for activation in inputs:
+        assert inputs[activation].rows == 6 * 48
+        for name, ref in step.refs.items():
+            if ref.placed.reads == activation:
+                inputs.take(name, step.weights[name])
+    inputs.advance()
+    assert len(calls) >= 4 and set(calls.values()) == {3}, calls
 
 
 def test_bf16_products_serve_what_is_behind_quantized_layers_and_no_statistics_of_the_source(tmp_path):
