@@ -13,11 +13,12 @@ from typing import Any
 from quantkit.errors import VerifyError
 from quantkit.events import Event, Failed, Progress, Resumed, TensorDone
 from quantkit.files.atomic import staged, syncing
+from quantkit.files.raw import seal
 from quantkit.forward import EMBEDDING, Network, States
 from quantkit.journal import Entry, Journal
 from quantkit.later import Device, Tensor
 from quantkit.prefix import Inputs
-from quantkit.seal import check_seals, seal
+from quantkit.seal import check_seals
 from quantkit.targets import Output, Piece, Solved
 from quantkit.verify import digest, verify
 from quantkit.walk import Step

@@ -9,37 +9,27 @@ tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
-from xxhash import xxh3_128
 
 from quantkit.codecs import Bytes, Codec, Floats, decode_torch, in_bytes, lookup, native
 from quantkit.codecs.sharing import thread_count
 from quantkit.errors import QuantkitError, VerifyError
 from quantkit.files.gguf import GGUF
-from quantkit.files.raw import raw_bytes
+from quantkit.files.raw import seal
 from quantkit.files.safetensors import TYPES, open_folder
 from quantkit.later import torch
 from quantkit.targets import Output, Row
 from quantkit.verify import check_size, reopened
 
 SAMPLE = 1 << 13  # weights of a tensor that both decoders are given, in whole rows
-
-
-def seal(parts: Iterable[Any]) -> str:
-    """A hash of the bytes of tensors or arrays; of 128 bits against chance, not against malice, at the speed of RAM."""
-    hashed = xxh3_128()
-    for part in parts:
-        hashed.update(raw_bytes(part))
-    return hashed.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ ALLOWED = {
     "importance": {"files", "forward", "model", "stats", "targets"},
     "plan": {"targets", "model", "recipe", "evaluate", "forward", "prefix", "solvers"},
     "journal": {"cache", "files", "model", "targets"},
-    "verify": {"targets", "model", "codecs"},
+    "verify": {"targets", "model", "codecs", "files"},
     "walk": {"codecs", "forward", "model", "prefix", "stats", "targets"},
     "seal": {"targets", "model", "codecs", "files", "verify"},
     "events": {"evaluate", "targets"},

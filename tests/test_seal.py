@@ -13,10 +13,11 @@ from toy import toy_model, write_toy
 
 from quantkit.errors import VerifyError
 from quantkit.files.gguf import GGUF, read_gguf
+from quantkit.files.raw import seal
 from quantkit.model import open_model
 from quantkit.plan import make_plan
 from quantkit.recipe import load_recipe
-from quantkit.seal import check_seals, seal
+from quantkit.seal import check_seals
 from quantkit.targets import Output
 
 UP, GATE = "blk.1.ffn_up.weight", "blk.1.ffn_gate.weight"

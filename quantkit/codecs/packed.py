@@ -1,7 +1,7 @@
 """How GPTQ and AWQ lay integer codes on disk: `pack_*` and the readers' side, `unpack_*`.
 
 The two directions share nothing but the layout below, on purpose: packing adds shifted integers in torch, unpacking
-takes the words apart bit by bit in numpy. An error in either shows as a difference when an output is verified.
+takes the words apart byte by byte in numpy. An error in either shows as a difference when an output is verified.
 
 GPTQ (AutoGPTQ `qlinear_cuda`; GPTQModel reads the same), K inputs, N outputs, b bits, groups of g:
     qweight int32 (K*b/32, N)    codes along K, low bits first; 3-bit codes run across word borders
@@ -81,9 +81,15 @@ def pack_compressed(q: Quantized, bits: int, symmetric: bool = True) -> dict[str
 
 
 def unpack_bits(words: np.ndarray, bits: int) -> np.ndarray:
-    """(w, m) int32 -> (w*32/bits, m) uint8, by taking every bit out on its own; the inverse of `pack_bits`."""
-    stream = np.unpackbits(np.ascontiguousarray(words.T).astype("<i4").view(np.uint8), axis=1, bitorder="little")
-    fields = stream.reshape(words.shape[1], -1, bits)
+    """(w, m) int32 -> (w*32/bits, m) uint8, the inverse of `pack_bits`: by bytes, or by bits where codes straddle."""
+    stream = np.ascontiguousarray(words.T).astype("<i4", copy=False).view(np.uint8)
+    per = 8 // bits
+    if per * bits == 8:
+        codes = np.empty((len(stream), stream.shape[1] * per), np.uint8)
+        for i in range(per):
+            codes[:, i::per] = (stream >> i * bits) & (2**bits - 1)
+        return codes.T
+    fields = np.unpackbits(stream, axis=1, bitorder="little").reshape(words.shape[1], -1, bits)
     return np.packbits(fields, axis=2, bitorder="little")[..., 0].T
 
 
