@@ -33,6 +33,7 @@ DAMP = 0.3  # of the mean diagonal, added to the diagonal: with less, codes fit 
 MOST_DAMP = 10.0  # no factor with this much on the diagonal: the statistics are of no use
 POLISH = 2  # times that all groups are reconsidered
 LEAST = 4096  # rows to a thread: two that take smaller steps wait for the interpreter more than they work
+MANY, EVERY = 256, 4  # rows of a matrix whose errors are told from some of them, one of so many
 CHUNK = 16  # columns that are updated one by one; those behind them are by one product
 
 
@@ -51,7 +52,10 @@ Q = TypeVar("Q", bound=Codes)
 
 @dataclass(frozen=True)
 class Solution(Generic[Q]):
-    """What a solver found, and how: errors are tr(delta H delta^T) of each row (N,), energy that of the weight."""
+    """What a solver found, and how: errors are the diagonal of delta H delta^T, energy that of W H W^T, (N,) each.
+
+    All three are 0 in rows where they were not taken.
+    """
 
     quantized: Q
     errors: Tensor
@@ -107,7 +111,7 @@ def gptq(weight: Tensor, stats: Stats, grid: Grid, damp: float = DAMP, polishing
 
     found = Quantized.stacked(share_out(solved, one_each(len(goal), goal.device, LEAST), goal.device))
     by_rounding = _rounded(goal, hessian, grid, damp, "solving did worse")
-    made = errors(found.dequantize() - goal, hessian)
+    made = _taken(found, goal, hessian)
     better = bool(made.sum() <= by_rounding.errors.sum())
     return replace(by_rounding, quantized=found, errors=made, fallback="") if better else by_rounding
 
@@ -125,13 +129,22 @@ def rounding(weight: Tensor, stats: Stats, grid: Grid, why: str) -> Solution[Qua
     """`weight` rounded to nearest, its ranges searched under importance: where `why` speaks against solving."""
     found = _rounded(weight.float(), stats.hessian, grid, 0.0, why)
     q = weighted(weight, stats, grid)
-    return replace(found, quantized=q, errors=errors(q.dequantize() - weight, stats.hessian), order="none")
+    return replace(found, quantized=q, errors=_taken(q, weight, stats.hessian), order="none")
 
 
 def _rounded(weight: Tensor, hessian: Tensor, grid: Grid, damp: float, why: str) -> Solution[Quantized]:
     q = rtn(weight, None, grid)
-    made = errors(q.dequantize() - weight, hessian)
-    return Solution(q, made, made, errors(weight, hessian), damp, why)
+    made = _taken(q, weight, hessian)
+    return Solution(q, made, made, _taken(None, weight, hessian), damp, why)
+
+
+def _taken(q: Quantized | None, weight: Tensor, hessian: Tensor) -> Tensor:
+    """The errors (N,) of what a weight became, or of leaving it out: on some of the rows: all cost a tenth more."""
+    some = slice(None, None, EVERY if len(weight) >= MANY else 1)
+    value = weight if q is None else weight - q.dequantize()
+    out = weight.new_zeros(len(weight))
+    out[some] = errors(value[some], hessian)
+    return out
 
 
 def aim(weight: Tensor, stats: Stats, inverse: Tensor) -> Tensor:
@@ -206,7 +219,7 @@ def polish(weight: Tensor, hessian: Tensor, q: Quantized, grid: Grid, passes: in
     if not passes:
         return q
     g = grid.group
-    left = ((weight - q.dequantize()) @ hessian).T.contiguous()  # (K, N): minus half the gradient
+    left = hessian @ (weight - q.dequantize()).T  # (K, N): minus half the gradient
     codes, scales, zeros = (t.T.float().contiguous() for t in (q.codes, q.scales, q.zeros))
     better = replayed(partial(_reconsider, grid), codes[:g], left[:g], hessian[:g, :g], scales[0], scales[0])
     for start in list(range(0, len(codes), g)) * passes:
@@ -223,21 +236,22 @@ def _reconsider(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Better codes (g, N) and scales (N,) of one group, and the steps (g, N) that its weights made."""
     levels = codes - zero
-    curve = (levels * (own @ levels)).sum(0)
+    pull = own @ levels
+    curve = (levels * pull).sum(0)
     best = (scale + (levels * left).sum(0) / curve.clamp_min(1e-30)).half().float()
     best = torch.where((curve > 0) & torch.isfinite(best) & (best != 0), best, scale)
-    moved = levels.mul_(best - scale)
-    left = left - own @ moved
-    per_step = 1 / (own.diagonal().clamp_min(1e-30)[:, None] * best)
+    step, per_step, per_curve = best - scale, 1 / best, 1 / own.diagonal().clamp_min(1e-30)
+    wanted = torch.addcmul(left, pull, step, value=-1).mul_(per_curve[:, None])  # how far each weight is to move
+    turned = (own * per_curve).contiguous()
     chosen, changes = torch.empty_like(codes), torch.empty_like(codes)
     for first, last in _chunks(len(codes)):
-        columns = zip(*(t[first:last].unbind() for t in (codes, left, per_step, chosen, changes)), strict=True)
-        for k, (code, rest, per, new, change) in enumerate(columns, first):
-            torch.addcmul(code, rest, per, out=new).round_().clamp_(0, grid.top)
+        columns = zip(*(t[first:last].unbind() for t in (codes, wanted, chosen, changes)), strict=True)
+        for k, (code, rest, new, change) in enumerate(columns, first):
+            torch.addcmul(code, rest, per_step, out=new).round_().clamp_(0, grid.top)
             torch.sub(new, code, out=change).mul_(best)
-            left[k + 1 : last].addr_(own[k, k + 1 : last], change, alpha=-1)
-        left[last:].addmm_(own[first:last, last:].T, changes[first:last], alpha=-1)
-    return chosen, best, moved.add_(changes)
+            wanted[k + 1 : last].addr_(turned[k, k + 1 : last], change, alpha=-1)
+        wanted[last:].addmm_(turned[first:last, last:].T, changes[first:last], alpha=-1)
+    return chosen, best, torch.addcmul(changes, levels, step)
 
 
 def group_aware_order(importance: Tensor, group: int) -> Tensor:
