@@ -200,9 +200,9 @@ def embed(net: Network, ids: Tensor, embedding: Tensor | None = None) -> States:
 
 
 @no_grad
-def run(states: States, layer: int, block: nn.Module, device: torch.device) -> None:
-    """All sequences through one block, in place."""
-    for part in states.batches():
+def run(states: States, layer: int, block: nn.Module, device: torch.device, batches: slice = slice(None)) -> None:
+    """All sequences, or some batches of them, through one block, in place."""
+    for part in list(states.batches())[batches]:
         out = block(states.hidden[part].to(device), **states.kwargs[layer])
         states.hidden[part] = (out[0] if isinstance(out, tuple) else out).to(states.hidden.device)
 

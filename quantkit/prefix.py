@@ -41,15 +41,17 @@ class _Seen(Exception):
 
 @dataclass
 class Kept:
-    """Activations of the source, by the path of their reader: one tensor for each batch, in order, until it is full.
+    """Activations of the source, by the path of their reader and the number of the batch, until it is full.
 
     Of a reader that writes the residual stream, the stream behind it and not what it reads.
     `ends`: the readers whose outcome is what their module of the block returns first, such as self_attn.o_proj.
+    `first` is the number of the first batch that will be watched.
     """
 
-    by_path: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    by_path: dict[str, dict[int, Tensor]] = field(default_factory=lambda: defaultdict(dict))
     ends: dict[str, Notes] = field(default_factory=dict)
-    nbytes: int = 0
+    room: int = field(default_factory=lambda: KEPT_BYTES)
+    first: int = 0
 
     @contextmanager
     def watching(self, block: nn.Module, model: Model) -> Iterator[None]:
@@ -78,10 +80,16 @@ class Kept:
                 stack.callback(block.get_submodule(name).register_forward_hook(partial(end, name, path)).remove)
             yield
 
+    def take(self, other: Kept) -> None:
+        """Also what was kept of other batches."""
+        self.ends = other.ends
+        for path, batches in other.by_path.items():
+            self.by_path[path].update(batches)
+
     def _keep(self, path: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.nbytes += args[0].nbytes
-        if self.nbytes <= KEPT_BYTES:
-            self.by_path[path].append(args[0].cpu())
+        self.room -= args[0].nbytes
+        if self.room >= 0:
+            self.by_path[path][self.first + len(self.by_path[path])] = args[0].cpu()
 
 
 def prefix(states: States) -> States:
@@ -173,7 +181,7 @@ class Inputs(Mapping[str, Stats]):
             x, own = self._reaching(path, ours, self.behind, part, before)
             stats = stats or Stats.zeros(x.shape[-1], x.device)
             place = stream.get(path, path)
-            if i < len(seen):
+            if i in seen:
                 there = seen[i].to(x.device)
             elif place is None:
                 there = self._passed(theirs, self.source, part)

@@ -1,22 +1,27 @@
 """The source's blocks one after another: read, run over the calibration rows, and what was learned on the way.
 
 While a block is solved, the next one is read; on a CPU it is run as well, for a solver's many small steps leave a core
-free. That costs the memory of a second block, and on a CPU of its statistics and of what is kept of its activations.
+free. Who does that comes after the solver's threads, or the products of both would wait for one another. It costs the
+memory of a second block, and on a CPU of its statistics and of what is kept of its activations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
-from quantkit.codecs.sharing import ahead
+from quantkit.codecs.sharing import ahead, all_at_once, background
 from quantkit.forward import Network, States, readers, run, watching
 from quantkit.later import Device, Tensor, on_cpu
 from quantkit.model import Model, Ref
-from quantkit.prefix import Kept, prefix
+from quantkit.prefix import KEPT_BYTES, Kept, prefix
 from quantkit.stats import Stats
 from quantkit.targets.target import finite
+
+Share = Callable[[Callable[[slice], Any], int], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,11 @@ def walk(
     """
     blocks = _blocks(model, held_at_all=states is not None)
     if states is None or net is None:
-        return _steps(blocks, None, None, device, False, False)
+        return _steps(blocks, None, None, device, False, False, all_at_once)
     if on_cpu(device):
-        return ahead(_steps(blocks, net, states, device, shared, behind), one_core=True)
-    return _steps(ahead(blocks), net, states, device, shared, behind)
+        share = all_at_once if shared else background()
+        return ahead(_steps(blocks, net, states, device, shared, behind, share), one_core=True)
+    return _steps(ahead(blocks), net, states, device, shared, behind, all_at_once)
 
 
 def _blocks(model: Model, held_at_all: bool) -> Iterator[tuple[dict[str, Ref], dict[str, Tensor]]]:
@@ -60,12 +66,13 @@ def _steps(
     device: Device,
     shared: bool,
     behind: bool,
+    share: Share,
 ) -> Iterator[Step]:
     for layer, (refs, read) in enumerate(blocks):
         weights = {name: w.to(device) for name, w in read.items()}
-        before, kept = prefix(states) if states and behind else None, Kept()
-        stats = _statistics(net, states, layer, weights, shared, kept if behind else None) if net and states else {}
-        yield Step(layer, refs, weights, stats, before, kept)
+        before = prefix(states) if states and behind else None
+        found = _statistics(net, states, layer, weights, shared, behind, share) if net and states else ({}, Kept())
+        yield Step(layer, refs, weights, found[0], before, found[1])
 
 
 def held(refs: Mapping[str, Ref], device: Device) -> dict[str, Tensor]:
@@ -74,19 +81,28 @@ def held(refs: Mapping[str, Ref], device: Device) -> dict[str, Tensor]:
 
 
 def _statistics(
-    net: Network, states: States, layer: int, weights: dict[str, Tensor], wanted: bool, kept: Kept | None
-) -> dict[str, Stats]:
-    """Move `states` behind a block; the statistics of its activations where an output wants the source's.
+    net: Network, states: States, layer: int, weights: dict[str, Tensor], shared: bool, behind: bool, share: Share
+) -> tuple[dict[str, Stats], Kept]:
+    """Move `states` behind a block; the statistics of its activations, and what is kept of the activations themselves.
 
-    `kept`: for the activations themselves, where an output is calibrated behind its own blocks. Statistics that go into
-    files, as importance matrices do, are of float32 products: bf16's are off by 0.1%, but up to 19% in single columns.
+    Statistics that go into files, as importance matrices do, are of float32 products: bf16's are off by 0.1%, but up to
+    19% in single columns. They are summed up in one order, and so not shared out.
     """
-    prefix = f"model.layers.{layer}."
-    with (
-        net.block(layer, {n.removeprefix(prefix): w for n, w in weights.items()}) as block,
-        watching(block, readers(net.model) if wanted else {}, net.device) as stats,
-        kept.watching(block, net.model) if kept else nullcontext(),
-        nullcontext() if wanted else net.calibrating(),
-    ):
-        run(states, layer, block, net.device)
-    return stats
+    prefix, count = f"model.layers.{layer}.", len(list(states.batches()))
+    with net.block(layer, {n.removeprefix(prefix): w for n, w in weights.items()}) as block:
+
+        def some(batches: slice) -> tuple[dict[str, Stats], Kept]:
+            own = deepcopy(block, {id(p): p for p in block.parameters()})  # with hooks of its own
+            kept = Kept(first=batches.start, room=KEPT_BYTES * (batches.stop - batches.start) // count)
+            with (
+                watching(own, readers(net.model) if shared else {}, net.device) as stats,
+                kept.watching(own, net.model) if behind else nullcontext(),
+                nullcontext() if shared else net.calibrating(),
+            ):
+                run(states, layer, own, net.device, batches)
+            return stats, kept
+
+        (stats, kept), *others = share(some, count)
+    for _, more in others:
+        kept.take(more)
+    return stats, kept

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 from toy import family_model, tokenizer
 
+from quantkit.codecs.sharing import all_at_once
 from quantkit.forward import embed, network, readers, run
 from quantkit.model import open_model
 from quantkit.prefix import Inputs, Kept, prefix
@@ -123,6 +125,31 @@ def test_no_part_of_a_block_is_run_twice(tmp_path, family):
                 inputs.take(name, step.weights[name])
     inputs.advance()
     assert len(calls) >= 4 and set(calls.values()) == {3}, calls
+
+
+def test_batches_that_are_shared_out_leave_what_they_leave_one_after_another(tmp_path, monkeypatch):
+    def in_threads(work, count):
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(work, [slice(0, 2), slice(2, count)]))
+
+    family_model("llama").save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    model = open_model(tmp_path)
+    net = network(model, CPU, batch_tokens=100)
+    ids = torch.randint(2, 300, (6, 48), generator=torch.Generator().manual_seed(4))
+    made = []
+    for share in (all_at_once, in_threads):
+        monkeypatch.setattr("quantkit.walk.background", lambda share=share: share)
+        states = embed(net, ids)
+        made.append((states, [step.kept for step in walk(model, net, states, CPU, shared=False, behind=True)]))
+    (states, alone), (states_shared, together) = made
+    assert torch.equal(states.hidden, states_shared.hidden)
+    for one, other in zip(alone, together, strict=True):
+        assert one.ends == other.ends and len(one.ends) == 2
+        assert one.by_path.keys() == other.by_path.keys() == set(readers(model).values())
+        for path, batches in one.by_path.items():
+            assert sorted(batches) == sorted(other.by_path[path]) == [0, 1, 2]
+            assert all(torch.equal(x, other.by_path[path][i]) for i, x in batches.items()), path
 
 
 def test_bf16_products_serve_what_is_behind_quantized_layers_and_no_statistics_of_the_source(tmp_path):

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from threading import Barrier, local
-from typing import TypeVar, cast
+from threading import Barrier, get_native_id, local
+from typing import Any, TypeVar, cast
 
 from quantkit.later import Device, Tensor, on_cpu, torch, torch_is_there
 
@@ -23,6 +24,7 @@ Rows = Callable[[slice], Tensor]  # rows of a matrix (rows, width), read or comp
 
 SLAB = 1 << 18  # weights: one MiB of float32, half of a common L2 cache
 SLAB_ELSEWHERE = 1 << 24
+BACKGROUND, LOWEST = 2, 19  # threads of `in_background`, and how far they step back
 
 
 def thread_count() -> int:
@@ -74,10 +76,31 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(count)
 
 
+def all_at_once(work: Callable[[slice], T], count: int) -> list[T]:
+    """What `work` returns for `count` things, which it does itself, one after another."""
+    return [work(slice(0, count))]
+
+
+def background() -> Callable[[Callable[[slice], Any], int], list[Any]]:
+    """A way to share `count` things out to threads that take what time the others leave of the cores.
+
+    They are `BACKGROUND`, for each has its temporaries in memory, and have torch's cores to share.
+    """
+    if thread_count() < BACKGROUND:
+        return all_at_once
+    pool = _pool(BACKGROUND, True, thread_count() // BACKGROUND, last=True)
+
+    def share(work: Callable[[slice], Any], count: int) -> list[Any]:
+        step = -(-count // BACKGROUND)
+        return list(pool.map(work, [slice(at, min(count, at + step)) for at in range(0, count, step)]))
+
+    return share
+
+
 def ahead(steps: Iterator[T], one_core: bool = False) -> Iterator[T]:
     """The same steps, each made by another thread while the one before it is at work."""
     end = object()
-    with nullcontext(_pool(1, with_torch=True)) if one_core else ThreadPoolExecutor(1) as thread:
+    with nullcontext(_pool(1, with_torch=True, last=True)) if one_core else ThreadPoolExecutor(1) as thread:
         due = thread.submit(next, steps, end)
         while (step := due.result()) is not end:
             due = thread.submit(next, steps, end)
@@ -88,15 +111,20 @@ _here = local()  # has `shared` in the threads of a pool
 
 
 @functools.cache
-def _pool(threads: int, with_torch: bool) -> ThreadPoolExecutor:
-    """Threads in which torch uses one core each: as they are, every one would bring a team of its own to every step."""
+def _pool(threads: int, with_torch: bool, cores: int = 1, last: bool = False) -> ThreadPoolExecutor:
+    """Threads in which torch uses `cores` each: as they are, every one would bring a team of its own to every step.
+
+    `last`: they come after all other threads, where threads have a priority of their own.
+    """
     started, count = Barrier(threads + 1), torch.get_num_threads() if with_torch else 0
 
     def alone() -> None:
         _here.shared = True
         if with_torch:
             torch.get_num_threads()  # a thread's first question sets it to the default
-            torch.set_num_threads(1)  # of this thread, and what later threads begin with: the caller puts that right
+            torch.set_num_threads(cores)  # of this thread, and what later ones begin with: the caller puts that right
+        if last and sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, get_native_id(), LOWEST)
         started.wait()
 
     pool = ThreadPoolExecutor(threads, initializer=alone)
