@@ -1,9 +1,11 @@
-"""GPTQ and AWQ of ours and of GPTQModel, side by side: wall and CPU seconds of the whole command, one scorer for both.
+"""GPTQ and AWQ of ours and of others, side by side: wall and CPU seconds of the whole command, one scorer for all.
 
-    python benchmarks/solvers.py SmolLM2.gguf cal.txt test.txt --peer gptqmodel/bin/python --only gptq-4bit-64g
+    python benchmarks/solvers.py SmolLM2.gguf cal.txt test.txt --gptqmodel gptqmodel/bin/python --only gptq-4bit-64g
+    python benchmarks/solvers.py SmolLM2.gguf cal.txt test.txt --autoround autoround/bin/python --only awq-4bit-64g
     python benchmarks/solvers.py SmolLM2.gguf cal.txt test.txt --ladder
 
-The peer gets the same token rows and our fp16 folder; it is given its own environment and GPTQMODEL_CPU_WORKERS=2.
+A peer gets the same token rows and our fp16 folder, in an environment of its own; GPTQModel GPTQMODEL_CPU_WORKERS=2.
+AutoRound beside GPTQ is in `learned.py`.
 `--ladder` times five targets from one `convert` against the GPTQ target alone. With `--keep FOLDER` nothing there is
 made again, so that a run may be taken up where it was left; `--no-scores` leaves scoring to such a later run.
 """
@@ -26,12 +28,16 @@ from measured import Cost, run
 from quantkit import calibration_batch, load_text, open_model
 
 QUANTKIT = [sys.executable, "-m", "quantkit"]
-TARGETS = {  # of ours, and what the peer is told for the like of it
-    "gptq-4bit-64g": (),
-    "gptq-4bit-64g-asym": ("--asym",),
-    "gptq-3bit-64g": ("--bits", "3"),
-    "awq-4bit-64g": ("--method", "awq", "--asym"),
+TARGETS = {  # of ours, and what a peer is told for the like of it
+    "gptq-4bit-64g": {"gptqmodel": ()},
+    "gptq-4bit-64g-asym": {"gptqmodel": ("--asym",)},
+    "gptq-3bit-64g": {"gptqmodel": ("--bits", "3")},
+    "awq-4bit-64g": {
+        "gptqmodel": ("--method", "awq", "--asym"),
+        "autoround": ("--algorithm", "awq", "--format", "auto_awq"),
+    },
 }
+PEERS = {"gptqmodel": "GPTQModel", "autoround": "AutoRound"}
 LADDER = ("fp16", "gptq-4bit-64g", "awq-4bit-64g", "Q4_K_M", "Q5_K_M")
 SHAPE = ("--samples", "32", "--seqlen", "512")
 
@@ -63,27 +69,29 @@ def once(what: str, out: Path, make: Callable[[], Cost]) -> Cost:
 
 
 def against_peer(args: argparse.Namespace, scratch: Path, target: str) -> None:
-    """One row for ours, and one for the peer's where it is there: both are timed before either is scored."""
+    """One row for ours, and one for each peer that is there: all are timed before any is scored."""
     scratch.mkdir(exist_ok=True)
     made = {"quantkit": (converted(args, scratch / "ours", (target,)), scratch / "ours" / target)}
-    if args.peer:
-        theirs = scratch / "theirs"
-        made["GPTQModel"] = once("GPTQModel", theirs, lambda: by_peer(args, scratch, target)), theirs
+    for peer in (p for p in TARGETS[target] if getattr(args, p)):
+        theirs = scratch / peer
+        cost = once(PEERS[peer], theirs, lambda peer=peer, theirs=theirs: by_peer(args, theirs, target, peer))
+        (config,) = theirs.rglob("config.json")
+        made[PEERS[peer]] = cost, config.parent
     for by, (cost, folder) in made.items():
         score = "" if args.no_scores else scored(folder, args)
         print(f"| {target} | {by} | {cost.wall:.0f} | {cost.cpu:.0f} | {score} |", flush=True)
 
 
-def by_peer(args: argparse.Namespace, scratch: Path, target: str) -> Cost:
-    """What the peer's whole command takes, on the same token rows and our fp16 folder."""
-    run([*QUANTKIT, "convert", args.source, "-o", scratch / "plain", "--to", "fp16", "--no-eval", "--force"])
-    model = open_model(args.source)
-    rows = calibration_batch(load_text(args.calibration), model.tokenizer(), int(SHAPE[1]), int(SHAPE[3]), 0)
-    (scratch / "rows.json").write_text(json.dumps(rows.tolist()))
+def by_peer(args: argparse.Namespace, theirs: Path, target: str, peer: str) -> Cost:
+    """What a peer's whole command takes, on the same token rows and our fp16 folder."""
+    plain, rows = theirs.parent / "plain", theirs.parent / "rows.json"
+    run([*QUANTKIT, "convert", args.source, "-o", plain, "--to", "fp16", "--no-eval", "--force"])
+    tokenizer = open_model(args.source).tokenizer()
+    ids = calibration_batch(load_text(args.calibration), tokenizer, int(SHAPE[1]), int(SHAPE[3]), 0)
+    rows.write_text(json.dumps(ids.tolist()))
     os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
-    script = Path(__file__).parent / "peers" / "quantize_gptqmodel.py"
-    command = [args.peer, script, scratch / "plain" / "fp16", scratch / "theirs", "--rows", scratch / "rows.json"]
-    return run([*command, *TARGETS[target]])
+    script = Path(__file__).parent / "peers" / f"quantize_{peer}.py"
+    return run([getattr(args, peer), script, plain / "fp16", theirs, "--rows", rows, *TARGETS[target][peer]])
 
 
 def main() -> None:
@@ -91,7 +99,8 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("calibration")
     parser.add_argument("text")
-    parser.add_argument("--peer", help="the Python of an environment that has GPTQModel")
+    for peer, name in PEERS.items():
+        parser.add_argument(f"--{peer}", help=f"the Python of an environment that has {name}")
     parser.add_argument("--only", choices=TARGETS, help="one row, and not all of them")
     parser.add_argument("--ladder", action="store_true")
     parser.add_argument("--keep", help="a folder for what is made, which is not made again where it is there")

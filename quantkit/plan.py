@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from quantkit.codecs.sharing import BACKGROUND
 from quantkit.errors import UsageError
 from quantkit.evaluate import HEAD_LOGITS
 from quantkit.forward import BATCH_TOKENS
@@ -105,6 +106,8 @@ def make_plan(model: Model, recipe: Recipe, device: Device, rows: int | None = N
     states = _state_bytes(model, recipe) + _prefix_bytes(model, recipe, sum(o.behind for o in outputs))
     states += _block_bytes(model) if calibrated else 0  # the next one, read ahead
     on_gpu = not on_cpu(device)
+    if any(o.behind for o in outputs) and not on_gpu:  # and run ahead
+        states += BACKGROUND * _batch_bytes(model, batch)
     return Plan(
         outputs,
         peak_ram=BASE_BYTES + states + (_largest(model) if on_gpu else working),
@@ -150,6 +153,11 @@ def _block_bytes(model: Model) -> int:
     return 4 * sum(prod(r.shape) for r in model.block(0).values())
 
 
+def _batch_bytes(model: Model, tokens: int) -> int:
+    """Activations of one batch inside a block."""
+    return 4 * tokens * 4 * model.config["intermediate_size"]
+
+
 def _working_bytes(model: Model, recipe: Recipe, calibrated: bool, below: bool, batch: int) -> int:
     """Weights, statistics and temporaries at the fullest moment: a block being solved, or the heads being scored.
 
@@ -159,7 +167,7 @@ def _working_bytes(model: Model, recipe: Recipe, calibrated: bool, below: bool, 
     if calibrated:
         grams = 4 * sum(k * k for k in _grams(model))
         block += grams * (2 if below else 1) + 4 * 4 * max(_grams(model)) ** 2 + 2 * block
-    block += 4 * batch * 4 * model.config["intermediate_size"]
+    block += _batch_bytes(model, batch)
     heads = 3 * 4 * model.config["vocab_size"] * model.config["hidden_size"]  # two, and one as it is read
     scoring = heads + 8 * 4 * HEAD_LOGITS if recipe.eval_text else 0
     return max(block, 5 * _largest(model), scoring)
@@ -171,11 +179,14 @@ def _state_bytes(model: Model, recipe: Recipe) -> int:
 
 
 def _prefix_bytes(model: Model, recipe: Recipe, outputs: int) -> int:
-    """Of outputs with calibration rows of their own: those, the rows before two blocks, what is kept of them."""
+    """Of outputs with calibration rows of their own: those, the rows before two blocks, what is kept of them.
+
+    And of one output, what reaches the end of the attention and what comes of it.
+    """
     tokens = recipe.samples * recipe.seqlen
     own = 4 * tokens * model.config["hidden_size"]
     kept = 4 * tokens * sum(r.shape[0] for r in model.block(0).values() if r.placed.reads)
-    return (outputs + 2) * own + 3 * min(KEPT_BYTES, kept) if outputs else 0
+    return (outputs + 4) * own + 3 * min(KEPT_BYTES, kept) if outputs else 0
 
 
 def _learning_bytes(model: Model, recipe: Recipe) -> int:

@@ -36,7 +36,7 @@ ALLOWED = {
     "targets": {"model", "arch", "codecs", "files", "solvers", "stats"},
     "recipe": {"resources", "codecs", "targets"},
     "importance": {"files", "forward", "model", "stats", "targets"},
-    "plan": {"targets", "model", "recipe", "evaluate", "forward", "prefix", "solvers"},
+    "plan": {"codecs", "targets", "model", "recipe", "evaluate", "forward", "prefix", "solvers"},
     "journal": {"cache", "files", "model", "targets"},
     "verify": {"targets", "model", "codecs", "files"},
     "walk": {"codecs", "forward", "model", "prefix", "stats", "targets"},

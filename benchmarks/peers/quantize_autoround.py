@@ -1,4 +1,4 @@
-"""Quantizes a folder of floats with AutoRound, in its own environment and with its defaults; see `learned.py`."""
+"""Quantizes a folder of floats with AutoRound, in its own environment, its defaults; see `learned.py`, `solvers.py`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--iters", type=int)
+    parser.add_argument("--algorithm", default="signround")
     parser.add_argument("--format", default="auto_gptq")
     args = parser.parse_args()
     with open(args.rows) as f:
@@ -29,6 +30,7 @@ def main() -> None:
     grid = {"bits": args.bits, "group_size": args.group, "sym": args.format != "auto_awq"}
     loader = DataLoader(rows, batch_size=8)
     how = {"dataset": loader, "iters": args.iters, "device_map": "cpu"}
+    how["alg_configs"] = args.algorithm
     rounding = AutoRound(model, AutoTokenizer.from_pretrained(args.folder), **grid, **shape, **how)
     rounding.quantize_and_save(args.out, format=args.format)
 

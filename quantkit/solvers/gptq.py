@@ -27,13 +27,12 @@ from quantkit.errors import BadInput
 from quantkit.later import Tensor, torch
 from quantkit.solvers.replay import replayed
 from quantkit.solvers.rtn import rtn, weighted
-from quantkit.stats import Stats, errors
+from quantkit.stats import Stats, errors, told
 
 DAMP = 0.3  # of the mean diagonal, added to the diagonal: with less, codes fit the calibration text only
 MOST_DAMP = 10.0  # no factor with this much on the diagonal: the statistics are of no use
 POLISH = 2  # times that all groups are reconsidered
 LEAST = 4096  # rows to a thread: two that take smaller steps wait for the interpreter more than they work
-MANY, EVERY = 256, 4  # rows of a matrix whose errors are told from some of them, one of so many
 CHUNK = 16  # columns that are updated one by one; those behind them are by one product
 
 
@@ -139,8 +138,8 @@ def _rounded(weight: Tensor, hessian: Tensor, grid: Grid, damp: float, why: str)
 
 
 def _taken(q: Quantized | None, weight: Tensor, hessian: Tensor) -> Tensor:
-    """The errors (N,) of what a weight became, or of leaving it out: on some of the rows: all cost a tenth more."""
-    some = slice(None, None, EVERY if len(weight) >= MANY else 1)
+    """The errors (N,) of what a weight became, or of leaving it out, in the rows that are told of."""
+    some = told(len(weight))
     value = weight if q is None else weight - q.dequantize()
     out = weight.new_zeros(len(weight))
     out[some] = errors(value[some], hessian)

@@ -20,7 +20,7 @@ from quantkit.files import gguf_set, gguf_writer, safetensors
 from quantkit.later import Device, Tensor, torch
 from quantkit.model import Model, Ref, in_rows
 from quantkit.solvers.learned import Factors, Ranged
-from quantkit.stats import Stats, error
+from quantkit.stats import Stats, error, told
 from quantkit.targets.layers import LayerRule
 
 LEARNED = "learned"  # the solver (`targets.learned`)
@@ -195,10 +195,11 @@ class Family:
 def weight_loss(weight: Tensor, value: Tensor, *stats: Stats) -> float:
     """The relative error of `value` for `weight`; see `Solved`. 0 for a weight of zeros kept as zeros.
 
-    A stack of experts (experts, rows, width) has statistics for each.
+    A stack of experts (experts, rows, width) has statistics for each. It is that of the rows that are `told` of.
     """
     shape = (len(stats), -1, weight.shape[-1])
-    parts = list(zip(weight.reshape(shape), value.reshape(shape), stats, strict=True))
+    some = told(weight.numel() // weight.shape[-1] // len(stats))
+    parts = list(zip(weight.reshape(shape)[:, some], value.reshape(shape)[:, some], stats, strict=True))
     made = torch.stack([error(v - w, s.gram) for w, v, s in parts]).sum()
     full = torch.stack([error(w, s.gram) for w, _, s in parts]).sum()
     return (made / full.clamp_min(1e-30)).clamp_min(0).item()
