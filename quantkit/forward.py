@@ -263,6 +263,11 @@ def readers(model: Model) -> dict[str, str]:
     return first
 
 
+def widths(model: Model) -> list[int]:
+    """The widths of the activations of one block."""
+    return list({r.placed.reads: r.shape[1] for r in model.block(0).values() if r.placed.reads}.values())
+
+
 @no_grad
 def final_states(net: Network, ids: Tensor, positions: slice) -> Iterator[int | Tensor]:
     """The normed hidden states at `positions` of every sequence, (n, p, hidden) on the CPU.

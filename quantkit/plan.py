@@ -14,7 +14,7 @@ from typing import Any
 from quantkit.codecs.sharing import BACKGROUND
 from quantkit.errors import UsageError
 from quantkit.evaluate import HEAD_LOGITS
-from quantkit.forward import BATCH_TOKENS
+from quantkit.forward import BATCH_TOKENS, widths
 from quantkit.later import Device, on_cpu, torch
 from quantkit.model import Model
 from quantkit.prefix import KEPT_BYTES
@@ -107,7 +107,7 @@ def make_plan(model: Model, recipe: Recipe, device: Device, rows: int | None = N
     states += _block_bytes(model) if calibrated else 0  # the next one, read ahead
     on_gpu = not on_cpu(device)
     if any(o.behind for o in outputs) and not on_gpu:  # and run ahead
-        states += BACKGROUND * _batch_bytes(model, batch)
+        states += BACKGROUND * _batch_bytes(model, batch) + min(KEPT_BYTES, 4 * sum(k * k for k in widths(model)))
     return Plan(
         outputs,
         peak_ram=BASE_BYTES + states + (_largest(model) if on_gpu else working),
@@ -143,12 +143,6 @@ def _largest(model: Model) -> int:
     return 4 * max(prod(r.shape) for r in model.tensors.values())
 
 
-def _grams(model: Model) -> list[int]:
-    """The widths of the activations of one block."""
-    readers = {r.placed.reads: r.shape[1] for r in model.block(0).values() if r.placed.reads}
-    return list(readers.values())
-
-
 def _block_bytes(model: Model) -> int:
     return 4 * sum(prod(r.shape) for r in model.block(0).values())
 
@@ -165,8 +159,8 @@ def _working_bytes(model: Model, recipe: Recipe, calibrated: bool, below: bool, 
     """
     block = _block_bytes(model)
     if calibrated:
-        grams = 4 * sum(k * k for k in _grams(model))
-        block += grams * (2 if below else 1) + 4 * 4 * max(_grams(model)) ** 2 + 2 * block
+        grams = 4 * sum(k * k for k in widths(model))
+        block += grams * (2 if below else 1) + 4 * 4 * max(widths(model)) ** 2 + 2 * block
     block += _batch_bytes(model, batch)
     heads = 3 * 4 * model.config["vocab_size"] * model.config["hidden_size"]  # two, and one as it is read
     scoring = heads + 8 * 4 * HEAD_LOGITS if recipe.eval_text else 0
@@ -212,7 +206,7 @@ def _seconds(model: Model, recipe: Recipe, outputs: tuple[Output, ...], device: 
     if calibrated:
         tokens = recipe.samples * recipe.seqlen
         per_column = sum(2 * r.shape[0] * r.shape[1] ** 2 for r in linear(model).values())
-        flops = 2 * tokens * (params + model.layers * sum(k * k for k in _grams(model)))
+        flops = 2 * tokens * (params + model.layers * sum(k * k for k in widths(model)))
         learned = sum(o.lasting for o in outputs)  # a pass forth and back is three forth; three more are over all rows
         flops += 6 * learned * params * recipe.seqlen * (ITERATIONS * ROWS + recipe.samples)
         solving += (flops + per_column * sum(_PRODUCTS.get(o.format, 0) for o in outputs)) / speed

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.codecs.sharing import ahead, all_at_once, background
-from quantkit.forward import Network, States, readers, run, watching
+from quantkit.forward import Network, States, readers, run, watching, widths
 from quantkit.later import Device, Tensor, on_cpu
 from quantkit.model import Model, Ref
 from quantkit.prefix import KEPT_BYTES, Kept, prefix
@@ -47,7 +47,8 @@ def walk(
     if states is None or net is None:
         return _steps(blocks, None, None, device, False, False, all_at_once)
     if on_cpu(device):
-        share = all_at_once if shared else background()
+        fits = not shared or 4 * sum(k * k for k in widths(model)) <= KEPT_BYTES  # each thread has sums of its own
+        share = background() if fits else all_at_once
         return ahead(_steps(blocks, net, states, device, shared, behind, share), one_core=True)
     return _steps(ahead(blocks), net, states, device, shared, behind, all_at_once)
 
@@ -86,7 +87,7 @@ def _statistics(
     """Move `states` behind a block; the statistics of its activations, and what is kept of the activations themselves.
 
     Statistics that go into files, as importance matrices do, are of float32 products: bf16's are off by 0.1%, but up to
-    19% in single columns. They are summed up in one order, and so not shared out.
+    19% in single columns.
     """
     prefix, count = f"model.layers.{layer}.", len(list(states.batches()))
     with net.block(layer, {n.removeprefix(prefix): w for n, w in weights.items()}) as block:
@@ -103,6 +104,7 @@ def _statistics(
             return stats, kept
 
         (stats, kept), *others = share(some, count)
-    for _, more in others:
+    for sums, more in others:
+        stats |= {name: stats[name].merge(s) if name in stats else s for name, s in sums.items()}
         kept.take(more)
     return stats, kept

@@ -77,22 +77,22 @@ def one_thread() -> Iterator[None]:
 
 
 def all_at_once(work: Callable[[slice], T], count: int) -> list[T]:
-    """What `work` returns for `count` things, which it does itself, one after another."""
+    """What `work` returns for `count` things at once."""
     return [work(slice(0, count))]
 
 
 def background() -> Callable[[Callable[[slice], Any], int], list[Any]]:
     """A way to share `count` things out to threads that take what time the others leave of the cores.
 
-    They are `BACKGROUND`, for each has its temporaries in memory, and have torch's cores to share.
+    They are `BACKGROUND`, for each has its temporaries in memory, and have torch's cores to share. With fewer cores the
+    parts are the same, so that sums over them are.
     """
-    if thread_count() < BACKGROUND:
-        return all_at_once
-    pool = _pool(BACKGROUND, True, thread_count() // BACKGROUND, last=True)
+    cores = thread_count() // BACKGROUND
+    parted = _pool(BACKGROUND, True, cores, last=True).map if cores else map
 
     def share(work: Callable[[slice], Any], count: int) -> list[Any]:
         step = -(-count // BACKGROUND)
-        return list(pool.map(work, [slice(at, min(count, at + step)) for at in range(0, count, step)]))
+        return list(parted(work, [slice(at, min(count, at + step)) for at in range(0, count, step)]))
 
     return share
 
