@@ -24,7 +24,7 @@ Rows = Callable[[slice], Tensor]  # rows of a matrix (rows, width), read or comp
 
 SLAB = 1 << 18  # weights: one MiB of float32, half of a common L2 cache
 SLAB_ELSEWHERE = 1 << 24
-BACKGROUND, LOWEST = 2, 19  # threads of `in_background`, and how far they step back
+BACKGROUND, NICE = 2, 5  # threads of `background`, and how far they step back: but not behind other programs
 
 
 def thread_count() -> int:
@@ -124,7 +124,7 @@ def _pool(threads: int, with_torch: bool, cores: int = 1, last: bool = False) ->
             torch.get_num_threads()  # a thread's first question sets it to the default
             torch.set_num_threads(cores)  # of this thread, and what later ones begin with: the caller puts that right
         if last and sys.platform == "linux":
-            os.setpriority(os.PRIO_PROCESS, get_native_id(), LOWEST)
+            os.setpriority(os.PRIO_PROCESS, get_native_id(), NICE)
         started.wait()
 
     pool = ThreadPoolExecutor(threads, initializer=alone)
