@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from threading import Barrier, get_native_id, local
 from typing import Any, TypeVar, cast
 
@@ -124,7 +124,8 @@ def _pool(threads: int, with_torch: bool, cores: int = 1, last: bool = False) ->
             torch.get_num_threads()  # a thread's first question sets it to the default
             torch.set_num_threads(cores)  # of this thread, and what later ones begin with: the caller puts that right
         if last and sys.platform == "linux":
-            os.setpriority(os.PRIO_PROCESS, get_native_id(), NICE)
+            with suppress(OSError):  # a sandbox may refuse it: then all threads are alike
+                os.setpriority(os.PRIO_PROCESS, get_native_id(), NICE)
         started.wait()
 
     pool = ThreadPoolExecutor(threads, initializer=alone)
