@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from quantkit.corpus import evaluation_chunks, load_text
+from quantkit.corpus import evaluation_chunks
 from quantkit.files.imatrix import read_imatrix
 from quantkit.forward import last, network
 from quantkit.importance import measure
 from quantkit.model import open_model
+from quantkit.texts import load_text
 
 
 def main() -> None:

@@ -11,13 +11,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from quantkit.codecs import decode, encode
 from quantkit.convert import convert
-from quantkit.corpus import calibration_batch, evaluation_chunks, load_text
+from quantkit.corpus import calibration_batch, evaluation_chunks
 from quantkit.errors import BadInput, FormatError, QuantkitError, Resumable, Unsupported, UsageError, VerifyError
 from quantkit.evaluate import Score, predict, score
 from quantkit.forward import device_of, network
 from quantkit.model import Model, open_model
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import Recipe, load_recipe
+from quantkit.texts import load_text
 
 __all__ = [
     "BadInput",

@@ -14,10 +14,10 @@ from quantkit.later import Tensor, torch
 from quantkit.model import Model, Ref
 from quantkit.sensitivity import Fisher
 from quantkit.solvers.rtn import weighted
+from quantkit.targets.folder import linear
 from quantkit.targets.gguf_tensors import held
 from quantkit.targets.grids import BITS, Asked
 from quantkit.targets.mixtures import quantizable
-from quantkit.targets.target import linear
 
 ROWS = 128  # of a tensor that are encoded to measure a type by
 # What llama.cpp reads on every backend, and `--solver gptq` solves; by what divides the rows.

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from quantkit.activations import readers, watching
 from quantkit.files.imatrix import Imatrix
-from quantkit.forward import Network, embed, readers, run, watching
+from quantkit.forward import Network, embed, run
 from quantkit.later import Tensor, no_grad
 from quantkit.model import Model
 from quantkit.stats import Stats

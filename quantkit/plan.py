@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from quantkit.activations import widths
 from quantkit.codecs.sharing import BACKGROUND
 from quantkit.errors import UsageError
 from quantkit.evaluate import HEAD_LOGITS
-from quantkit.forward import BATCH_TOKENS, widths
+from quantkit.forward import BATCH_TOKENS
 from quantkit.later import Device, on_cpu, torch
 from quantkit.model import Model
 from quantkit.prefix import KEPT_BYTES
 from quantkit.recipe import Recipe, target_bytes
 from quantkit.solvers.learned import ITERATIONS, ROWS
 from quantkit.targets import Calibration, Output, plan_output
-from quantkit.targets.target import linear
+from quantkit.targets.folder import linear
 
 # Resident before any weight is read, measured: the interpreter with torch and transformers imported.
 BASE_BYTES = 430 * 2**20

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from quantkit.forward import Network, States, readers
+from quantkit.activations import readers
+from quantkit.forward import Network, States
 from quantkit.later import Tensor, nn, no_grad, torch
 from quantkit.model import Model
 from quantkit.solvers.learned import Factors, Ranged, learn

@@ -14,7 +14,7 @@ from typing import Any
 
 from quantkit import cache, llamacpp
 from quantkit.arch.tokenizer import Tokenizer
-from quantkit.corpus import Text, evaluation_chunks, load_text
+from quantkit.corpus import Text, evaluation_chunks
 from quantkit.errors import BadInput, UsageError
 from quantkit.evaluate import (
     Positions,
@@ -32,6 +32,7 @@ from quantkit.files.logprobs import LogProbs
 from quantkit.forward import network
 from quantkit.later import Tensor, torch
 from quantkit.model import Model
+from quantkit.texts import load_text
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # torch's names
 COMPUTED_BY = ("gguf-quantkit", "torch", "transformers")  # another version of these scores anew

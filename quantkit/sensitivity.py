@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from quantkit.activations import readers
 from quantkit.errors import Unsupported
-from quantkit.forward import EMBEDDING, Network, States, embed, readers, run
+from quantkit.forward import EMBEDDING, Network, States, embed, run
 from quantkit.later import Tensor, nn, torch
 from quantkit.stats import Stats, errors
 

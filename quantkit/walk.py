@@ -13,8 +13,9 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+from quantkit.activations import readers, watching, widths
 from quantkit.codecs.sharing import ahead, all_at_once, background
-from quantkit.forward import Network, States, readers, run, watching, widths
+from quantkit.forward import Network, States, run
 from quantkit.later import Device, Tensor, on_cpu
 from quantkit.model import Model, Ref
 from quantkit.prefix import KEPT_BYTES, Kept, prefix

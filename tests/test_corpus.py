@@ -16,16 +16,11 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from pyarrow import parquet
 
-from quantkit import corpus
-from quantkit.corpus import (
-    Message,
-    Text,
-    calibration_batch,
-    evaluation_chunks,
-    load_text,
-)
+from quantkit import texts
+from quantkit.corpus import Message, Text, calibration_batch, evaluation_chunks
 from quantkit.errors import BadInput, UsageError
 from quantkit.overlap import overlap, refuse_overlap
+from quantkit.texts import load_text
 
 BOS, EOS = 1, 2
 
@@ -156,7 +151,7 @@ def test_wikitext2_is_the_raw_file_from_a_pinned_revision(tmp_path, monkeypatch)
         return path
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(corpus, "WIKITEXT2_SHA256", hashlib.sha256(raw).hexdigest())
+    monkeypatch.setattr(texts, "WIKITEXT2_SHA256", hashlib.sha256(raw).hexdigest())
     text = load_text("wikitext2")
     assert text.plain().encode() == raw
     assert len(asked["revision"]) == 40 and asked["revision"] in text.source
@@ -185,14 +180,14 @@ def test_wikitext2_without_network_says_to_pass_a_file(monkeypatch, error):
 def test_the_default_text_is_read_file_by_file(tmp_path, monkeypatch):
     folder = tmp_path / "calibration" / "default"
     folder.mkdir(parents=True)
-    for name in corpus.DEFAULT_FILES[:-1]:
+    for name in texts.DEFAULT_FILES[:-1]:
         (folder / name).write_text(f"{name} one\n\n%%%%\n\n%%%% is not a line\nof its own\n%%%%\n")
-    (folder / corpus.DEFAULT_FILES[-1]).write_text('{"messages": [{"role": "user", "content": "hello"}]}\n')
-    monkeypatch.setattr(corpus, "resource", tmp_path.joinpath)
+    (folder / texts.DEFAULT_FILES[-1]).write_text('{"messages": [{"role": "user", "content": "hello"}]}\n')
+    monkeypatch.setattr(texts, "resource", tmp_path.joinpath)
     text = load_text("default")
     assert text.documents[:3] == ("prose-en.txt one", "%%%% is not a line\nof its own", "prose-multi.txt one")
     assert text.documents[8:] == ((Message("user", "hello"),),)
-    whole = b"".join((folder / name).read_bytes() for name in corpus.DEFAULT_FILES)
+    whole = b"".join((folder / name).read_bytes() for name in texts.DEFAULT_FILES)
     assert (text.sha256, text.source) == (hashlib.sha256(whole).hexdigest(), "built-in")
 
 

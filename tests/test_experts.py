@@ -18,7 +18,7 @@ from quantkit.files.imatrix import read_imatrix
 from quantkit.model import open_model
 from quantkit.solvers.rtn import rtn
 from quantkit.targets import target
-from quantkit.targets.target import linear
+from quantkit.targets.folder import linear
 
 NAMES = {
     "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),

@@ -20,11 +20,12 @@ from test_convert import quantkit
 from toy import FAMILIES, family_model
 from transformers import AutoModelForCausalLM
 
+from quantkit.activations import readers, watching
 from quantkit.arch.rope import llama3_freqs, llama3_of
 from quantkit.codecs.grid import Grid
 from quantkit.errors import BadInput, Unsupported
 from quantkit.evaluate import predict
-from quantkit.forward import States, embed, last, network, readers, run, watching
+from quantkit.forward import States, embed, last, network, run
 from quantkit.model import open_model
 from quantkit.solvers.awq import awq_scale
 from quantkit.targets.folding import fold

@@ -10,9 +10,10 @@ from gguf import GGMLQuantizationType as T
 from llama_oracle import Oracle
 from toy import CONFIG, toy_model, write_toy
 
+from quantkit.activations import readers, watching
 from quantkit.errors import BadInput, FormatError, Unsupported, UsageError
 from quantkit.evaluate import predict
-from quantkit.forward import device_of, embed, last, network, readers, run, watching
+from quantkit.forward import device_of, embed, last, network, run
 from quantkit.model import open_model
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from toy import toy_model, write_toy
 from quantkit.codecs import CODECS
 from quantkit.files.gguf import read_gguf
 from quantkit.files.imatrix import Imatrix, write_imatrix
-from quantkit.targets.mixtures import MIXTURES
+from quantkit.targets.mixture_rules import MIXTURES
 
 RARE = ("TQ1_0", "TQ2_0", "MXFP4", "IQ2_XXS", "IQ1_M", "IQ2_S")  # in no mixture, or in few tensors of one
 

@@ -14,7 +14,8 @@ from quantkit.errors import UsageError
 from quantkit.files.gguf import read_gguf
 from quantkit.recipe import Recipe
 from quantkit.targets.layers import LayerRule, require_matches
-from quantkit.targets.mixtures import MIXTURES, Shape, choose, file_type
+from quantkit.targets.mixture_rules import MIXTURES, Shape
+from quantkit.targets.mixtures import choose, file_type
 from quantkit.targets.target import Choices
 
 SAID = Path(__file__).with_name("mixtures-llama-quantize.txt")

@@ -10,8 +10,9 @@ import pytest
 import torch
 from toy import family_model, tokenizer
 
+from quantkit.activations import readers
 from quantkit.codecs.sharing import all_at_once
-from quantkit.forward import embed, network, readers, run
+from quantkit.forward import embed, network, run
 from quantkit.model import open_model
 from quantkit.prefix import Inputs, Kept, prefix
 from quantkit.walk import walk

@@ -21,9 +21,10 @@ from test_convert import quantkit
 from toy import toy_model, write_toy
 
 from quantkit import cache, llamacpp, scoring
-from quantkit.corpus import C4_DOCUMENTS, C4_FILE, C4_REPO, C4_REVISION, evaluation_chunks, load_text
+from quantkit.corpus import evaluation_chunks
 from quantkit.errors import BadInput
 from quantkit.model import open_model
+from quantkit.texts import C4_DOCUMENTS, C4_FILE, C4_REPO, C4_REVISION, load_text
 
 CTX, CHUNKS = 64, 6
 

@@ -15,13 +15,14 @@ from test_convert import ggml_bytes, quantkit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantkit.codecs.grid import Grid
-from quantkit.corpus import evaluation_chunks, load_text
+from quantkit.corpus import evaluation_chunks
 from quantkit.evaluate import mean_perplexity, predict, score
 from quantkit.files.imatrix import read_imatrix
 from quantkit.forward import Network, last, network
 from quantkit.model import Model, open_model
 from quantkit.solvers.rtn import rtn
-from quantkit.targets.target import linear
+from quantkit.targets.folder import linear
+from quantkit.texts import load_text
 
 CPU, CHUNKS = torch.device("cpu"), 4
 

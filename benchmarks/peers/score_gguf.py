@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from llama_oracle import Oracle
 
-from quantkit.corpus import evaluation_chunks, load_text
+from quantkit.corpus import evaluation_chunks
 from quantkit.evaluate import mean_perplexity, predict, score
 from quantkit.forward import last, network
 from quantkit.model import open_model
+from quantkit.texts import load_text
 
 
 def main() -> None:

@@ -19,8 +19,9 @@ from pathlib import Path
 from score_gguf import llama_cpp, quantkit
 
 from quantkit.codecs import CODECS
-from quantkit.corpus import evaluation_chunks, load_text
+from quantkit.corpus import evaluation_chunks
 from quantkit.model import open_model
+from quantkit.texts import load_text
 
 TYPES = [name for name in CODECS if name not in ("F32", "Q1_0", "NVFP4")]  # llama.cpp writes neither of the last two
 

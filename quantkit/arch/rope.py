@@ -139,3 +139,19 @@ def _wavelengths(config: Mapping[str, Any]) -> Array:
     """Tokens in a turn of each rotary pair, float64."""
     exponents = np.arange(0, config["head_dim"], 2, dtype=np.float64) / config["head_dim"]
     return 2 * math.pi * float(config["rope_theta"]) ** exponents
+
+
+def flat(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` of transformers 5 as the flat keys that 4.x writes and both read."""
+    local = parameters.get("sliding_attention")
+    full = dict(parameters.get("full_attention", parameters))
+    out: dict[str, Any] = {"rope_theta": float(full.pop("rope_theta", 10000.0))}
+    if (part := full.pop("partial_rotary_factor", 1.0)) != 1.0:
+        raise Unsupported(f"a partial_rotary_factor of {part} is not supported", where="rope_parameters")
+    if full.get("rope_type", "default") != "default":
+        out["rope_scaling"] = full
+    if local is not None:
+        out["rope_local_base_freq"] = float(local.get("rope_theta", 10000.0))
+        if local.get("rope_type", "default") != "default":
+            raise Unsupported("scaling inside the sliding window is not supported", where="rope_parameters")
+    return out

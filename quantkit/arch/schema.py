@@ -250,7 +250,7 @@ class Architecture:
         full = {name: defaults[name] for name in named if defaults.get(name) is not None}
         full |= {k: v for k, v in config.items() if v is not None or k not in full}
         full.pop("rope_parameters", None)
-        full |= flat_rope(defaults.get("rope_parameters") or {})
+        full |= rope.flat(defaults.get("rope_parameters") or {})
         for key in self.keys:
             if full.get(key.hf) is None:
                 if key.default is None:
@@ -296,22 +296,6 @@ class Placed:
         """The name of the statistics of what it is fed: an expert has its own, of the tokens that it is asked for."""
         name = self.weight.reads if len(self.shape) > 1 else None
         return name if name is None or self.expert is None else f"{name}.{self.expert}"
-
-
-def flat_rope(parameters: Config) -> dict[str, Any]:
-    """`rope_parameters` of transformers 5 as the flat keys that 4.x writes and both read."""
-    local = parameters.get("sliding_attention")
-    full = dict(parameters.get("full_attention", parameters))
-    out: dict[str, Any] = {"rope_theta": float(full.pop("rope_theta", 10000.0))}
-    if (part := full.pop("partial_rotary_factor", 1.0)) != 1.0:
-        raise Unsupported(f"a partial_rotary_factor of {part} is not supported", where="rope_parameters")
-    if full.get("rope_type", "default") != "default":
-        out["rope_scaling"] = full
-    if local is not None:
-        out["rope_local_base_freq"] = float(local.get("rope_theta", 10000.0))
-        if local.get("rope_type", "default") != "default":
-            raise Unsupported("scaling inside the sliding window is not supported", where="rope_parameters")
-    return out
 
 
 def shortest(value: float) -> float:

@@ -13,7 +13,7 @@ from quantkit.cli.fitting import calibration_rows, fitted, write_recipe
 from quantkit.cli.options import CHAT_TEMPLATE, OVERRIDE, SOURCE
 from quantkit.cli.show import bars, err, out, size, variants_table
 from quantkit.convert import claim, convert
-from quantkit.corpus import Text, evaluation_chunks, load_text
+from quantkit.corpus import Text, evaluation_chunks
 from quantkit.errors import VerifyError
 from quantkit.evaluate import Score
 from quantkit.events import Failed, Progress, Resumed, SourceScored, TensorDone, VariantDone
@@ -26,6 +26,7 @@ from quantkit.overlap import refuse_overlap
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import GGUF, Recipe, load_recipe, target_bytes
 from quantkit.report import fallbacks, fingerprinting, layers_csv, report, text_record, upcasts, variant_record
+from quantkit.texts import load_text
 
 
 def command(

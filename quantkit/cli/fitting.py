@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table as Shown
 
 from quantkit.cli.show import bars, err, size
-from quantkit.corpus import Text, calibration_batch, load_text
+from quantkit.corpus import Text, calibration_batch
 from quantkit.errors import UsageError
 from quantkit.files.atomic import staged
 from quantkit.fit import Fitted, Table, allocate, measure
@@ -21,9 +21,10 @@ from quantkit.model import Model
 from quantkit.recipe import GGUF, Layer, Recipe, target_bytes
 from quantkit.selfcal import self_calibration
 from quantkit.targets import Calibration, compressed, gptq, plan_output
+from quantkit.targets.folder import linear
 from quantkit.targets.grids import Asked, asked_of
 from quantkit.targets.mixtures import kind_of
-from quantkit.targets.target import linear
+from quantkit.texts import load_text
 
 SAMPLES = 8  # calibration rows that types are measured on
 

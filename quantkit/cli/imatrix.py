@@ -14,12 +14,13 @@ from rich.table import Table
 
 from quantkit.cli.options import CHAT_TEMPLATE, OVERRIDE
 from quantkit.cli.show import bars, err, out
-from quantkit.corpus import calibration_batch, load_text
+from quantkit.corpus import calibration_batch
 from quantkit.errors import UsageError
 from quantkit.files.imatrix import Imatrix, merge, read_imatrix, spread, write_imatrix
 from quantkit.forward import device_of, network
 from quantkit.importance import measure
 from quantkit.model import Model, open_model
+from quantkit.texts import load_text
 
 
 def command(

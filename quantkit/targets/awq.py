@@ -18,23 +18,11 @@ from quantkit.later import Tensor, torch
 from quantkit.model import Model
 from quantkit.solvers.awq import awq_round, awq_scale
 from quantkit.solvers.rtn import weighted
+from quantkit.targets.folder import fitting_group, folder_output, linear, require_multiples, scarce
 from quantkit.targets.folding import fold
 from quantkit.targets.grids import Asked, of_stem, solved_folder
-from quantkit.targets.target import (
-    Calibration,
-    Choices,
-    Family,
-    Output,
-    Piece,
-    Solved,
-    dense,
-    fitting_group,
-    folder_output,
-    linear,
-    require_multiples,
-    scarce,
-    weight_loss,
-)
+from quantkit.targets.target import Calibration, Choices, Family, Output, Piece, Solved
+from quantkit.targets.unsolved import dense, weight_loss
 
 
 def plan(match: re.Match[str], model: Model, calibration: Calibration | None, choices: Choices) -> Output:

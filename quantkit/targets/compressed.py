@@ -10,8 +10,9 @@ from quantkit.files.safetensors import Spec
 from quantkit.later import Tensor, torch
 from quantkit.model import Model
 from quantkit.model.mixed import config_groups
+from quantkit.targets.folder import linear, require_multiples
 from quantkit.targets.grids import NAME, Asked, asked_of, of_stem, solved_folder
-from quantkit.targets.target import Calibration, Choices, Family, Output, linear, require_multiples
+from quantkit.targets.target import Calibration, Choices, Family, Output
 
 
 def plan(match: re.Match[str], model: Model, calibration: Calibration | None, choices: Choices) -> Output:

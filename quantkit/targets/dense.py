@@ -8,17 +8,9 @@ from math import prod
 
 from quantkit.later import torch
 from quantkit.model import Model
-from quantkit.targets.target import (
-    Calibration,
-    Choices,
-    Family,
-    Output,
-    Piece,
-    Solved,
-    dense_rows,
-    folder_output,
-    straight,
-)
+from quantkit.targets.folder import folder_output
+from quantkit.targets.target import Calibration, Choices, Family, Output, Piece, Solved
+from quantkit.targets.unsolved import dense_rows, straight
 
 TYPES = {"fp16": ("float16", "F16"), "bf16": ("bfloat16", "BF16"), "fp32": ("float32", "F32")}  # torch's name, ggml's
 

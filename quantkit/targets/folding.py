@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from quantkit.later import Tensor, torch
 from quantkit.stats import Stats
-from quantkit.targets.target import Piece, scarce
+from quantkit.targets.folder import scarce
+from quantkit.targets.target import Piece
 
 Search = Callable[[Tensor, Stats], Tensor]  # weights (N, K) that read an activation, its statistics -> its scales (K,)
 

@@ -28,17 +28,9 @@ from quantkit.targets.gguf_metadata import metadata_of
 from quantkit.targets.gguf_tensors import encoded, held, importance_of
 from quantkit.targets.layers import require_matches
 from quantkit.targets.learned import learned, require_behind
-from quantkit.targets.mixtures import MIXTURES, Shape, choose, file_type, kind_of, quantizable, requires_imatrix
-from quantkit.targets.target import (
-    LEARNED,
-    Calibration,
-    Choices,
-    Family,
-    Output,
-    Piece,
-    Row,
-    Solved,
-)
+from quantkit.targets.mixture_rules import MIXTURES, Shape
+from quantkit.targets.mixtures import choose, file_type, kind_of, quantizable, requires_imatrix
+from quantkit.targets.target import LEARNED, Calibration, Choices, Family, Output, Piece, Row, Solved
 
 UNWEIGHTED = ("F32", "F16", "BF16", "Q8_0")  # types whose encoders have no use for importance
 IMATRIX_FILE = "imatrix.gguf"

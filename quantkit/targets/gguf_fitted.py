@@ -16,7 +16,8 @@ from quantkit.model import Model
 from quantkit.targets.gguf import plan_mixture
 from quantkit.targets.gguf_tensors import held
 from quantkit.targets.layers import first_rule
-from quantkit.targets.mixtures import MIXTURES, quantizable
+from quantkit.targets.mixture_rules import MIXTURES
+from quantkit.targets.mixtures import quantizable
 from quantkit.targets.target import Calibration, Choices, Family, Output
 
 

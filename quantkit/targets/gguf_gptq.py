@@ -16,7 +16,8 @@ from quantkit.solvers.gptq import Solution
 from quantkit.solvers.ladder import Encoded, ladder_gptq
 from quantkit.solvers.learned import Factors, Ranged
 from quantkit.stats import Stats
-from quantkit.targets.target import LEARNED, Piece, Row, Solved, readers_of
+from quantkit.targets.folder import readers_of
+from quantkit.targets.target import LEARNED, Piece, Row, Solved
 
 OUTER = ("token_embd.weight", "output.weight")
 COMPENSATED = ("gptq", LEARNED)  # the solvers

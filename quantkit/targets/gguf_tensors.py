@@ -28,7 +28,8 @@ from quantkit.files.imatrix import Imatrix
 from quantkit.later import Device, Tensor, torch
 from quantkit.model import Model, in_rows
 from quantkit.targets.mixtures import quantizable
-from quantkit.targets.target import Piece, Row, Solved, finite, recoded, straight, weight_loss
+from quantkit.targets.target import Piece, Row, Solved, finite
+from quantkit.targets.unsolved import recoded, straight, weight_loss
 
 
 @dataclass(frozen=True)

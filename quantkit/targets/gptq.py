@@ -17,8 +17,9 @@ from quantkit.later import Tensor, torch
 from quantkit.model import Model
 from quantkit.model.mixed import dynamic
 from quantkit.solvers.gptq import DAMP
+from quantkit.targets.folder import linear, require_multiples
 from quantkit.targets.grids import NAME, Asked, asked_of, behind, of_stem, solved_folder
-from quantkit.targets.target import Calibration, Choices, Family, Output, linear, require_multiples
+from quantkit.targets.target import Calibration, Choices, Family, Output
 
 
 def plan(match: re.Match[str], model: Model, calibration: Calibration | None, choices: Choices) -> Output:

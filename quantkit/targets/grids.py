@@ -24,22 +24,12 @@ from quantkit.solvers.exact import exact
 from quantkit.solvers.gptq import by_activation, gptq, rounding
 from quantkit.solvers.learned import Ranged
 from quantkit.stats import Stats
+from quantkit.targets.folder import fitting_group, folder_output, linear, readers_of, scarce
 from quantkit.targets.folding import Folded, fold
 from quantkit.targets.layers import LayerRule, first_rule, require_matches
 from quantkit.targets.learned import learned, require_behind
-from quantkit.targets.target import (
-    LEARNED,
-    Choices,
-    Output,
-    Piece,
-    Solved,
-    dense,
-    fitting_group,
-    folder_output,
-    linear,
-    readers_of,
-    scarce,
-)
+from quantkit.targets.target import LEARNED, Choices, Output, Piece, Solved
+from quantkit.targets.unsolved import dense
 
 BITS = (2, 3, 4, 8)  # what transformers' GPTQConfig accepts
 GROUPS = (16, 32, 64, 128, 256, 512, 1024)
