@@ -44,6 +44,16 @@ def test_half_precision_is_torchs_for_every_magnitude():
     assert np.array_equal(raw.view(np.uint16), torch.from_numpy(x).half().view(torch.uint16).numpy())
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("F16", torch.float16), ("BF16", torch.bfloat16)])
+def test_any_count_of_numbers_is_cast_whole(kind, dtype):
+    for count in range(1, 20):
+        x = torch.from_numpy(normal()[:1, :count].copy())
+        raw, _ = recode(kind, in_floats(x.numpy()), 1, count)
+        assert torch.equal(torch.from_numpy(raw).view(dtype), x.to(dtype))
+        read = in_bytes(kind, raw)(slice(None), np.empty((1, count), np.float32))
+        assert np.array_equal(read, x.to(dtype).float().numpy())
+
+
 def test_experts_are_weighed_each_by_its_own_row():
     x, importance = normal(), np.random.default_rng(1).random((3, WIDTH)).astype(np.float32) ** 8
     raw, _ = recode("Q4_K", in_floats(x), ROWS, WIDTH, importance)

@@ -182,6 +182,21 @@ def test_old_files_that_lack_an_expert_are_refused(unstacked, tmp_path):
             },
             "yarn scaling with attention_factor",
         ),
+        (
+            {
+                "rope_parameters": {
+                    **{"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "beta_fast": 16.0},
+                    "original_max_position_embeddings": 320,
+                }
+            },
+            "yarn scaling with beta_fast",
+        ),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_theta"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "rope_theta": 1e4}}, "high_freq_factor"),
+        ({"rope_parameters": {"rope_type": [], "rope_theta": 1e4}}, "rope_type"),
+        ({"num_attention_heads": 0}, "refuses this configuration"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings"),
+        ({"quantization_config": -1}, "quantization_config"),
     ],
 )
 def test_what_a_gguf_cannot_say_is_refused(families, change, says, tmp_path):

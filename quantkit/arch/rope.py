@@ -3,7 +3,7 @@
 `linear` and `yarn` are keys in a GGUF (llama.cpp `conversion/base.py`, `set_gguf_parameters`). `llama3` is a tensor:
 `rope_freqs.weight` holds the number each frequency is divided by (`conversion/llama.py`, `generate_extra_tensors`), and
 is turned back into HF's four numbers here. Left out, and refused, is what llama.cpp and transformers compute
-differently: longrope, dynamic scaling, yarn with an attention factor of its own.
+differently: longrope, dynamic scaling, yarn with an attention factor or betas of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ YARN = (
     ("yarn_beta_fast", "beta_fast", float, None),
     ("yarn_beta_slow", "beta_slow", float, None),
 )
+BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # llama.cpp has no others: of our families it reads no such key
 KINDS = {"linear": LINEAR, "yarn": YARN}
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+NUMBERS = ("rope_theta", *LLAMA3, "beta_fast", "beta_slow", "attention_factor")
 FIELDS = {"rope_type": (PREFIX + "type", str), **{hf: (PREFIX + key, number) for key, hf, number, _ in YARN}}
 # Keys that change the result in one of the two programs only, and the values with which they do not.
 INERT = {"yarn_ext_factor": (None, 1.0), "yarn_attn_factor": (None, 1.0), "attn_factor": (None, 1.0)}
@@ -76,12 +79,13 @@ def scaling_to_gguf(config: Mapping[str, Any], known: tuple[str, ...]) -> dict[s
     kind = scaling.get("rope_type", scaling.get("type"))
     fields = {"rope_type", "type", *(hf for _, hf, _, _ in KINDS.get(kind, ()))}
     if kind == "llama3":
-        fields |= {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-    odd = sorted(k for k, v in scaling.items() if k not in fields and v is not None)
+        fields |= set(LLAMA3)
+    odd = sorted(k for k, v in scaling.items() if v is not None and (k not in fields or BETAS.get(k, v) != v))
     if kind not in known or odd:
         what = f"{kind} scaling with {odd[0]}" if kind in known else f"{kind} scaling"
         raise Unsupported(f"a GGUF of this family has no {what}", where="rope_scaling", hint="choose an HF target")
     if kind == "llama3":
+        llama3_of(_divisors(config), config)  # they are all that the file will say of it
         return {}
     keys: dict[str, Any] = {PREFIX + "type": kind}
     keys |= {PREFIX + key: number(scaling[hf]) for key, hf, number, _ in KINDS[kind] if scaling.get(hf) is not None}
@@ -93,6 +97,11 @@ def llama3_freqs(config: Mapping[str, Any]) -> Array | None:
     s = config.get("rope_scaling") or {}
     if s.get("rope_type", s.get("type")) != "llama3":
         return None
+    return _divisors(config)
+
+
+def _divisors(config: Mapping[str, Any]) -> Array:
+    s = config["rope_scaling"]
     low, high, length = s["low_freq_factor"], s["high_freq_factor"], s["original_max_position_embeddings"]
     waves = _wavelengths(config)
     smooth = (length / waves - low) / (high - low)
@@ -116,23 +125,38 @@ def llama3_of(freqs: Array, config: Mapping[str, Any]) -> dict[str, Any] | None:
     if len(f) != len(waves):
         raise FormatError(f"{len(f)} divisors for {len(waves)} frequencies", where=FREQS)
     between = (f > 1 + 1e-5) & (f < factor * (1 - 1e-5))
-    x, s = 1 / waves[between], (1 / f[between] - 1 / factor) / (1 - 1 / factor)
+    high, length = _ends(1 / waves[between], (1 / f[between] - 1 / factor) / (1 - 1 / factor), waves, f)
+    for digits in range(7):
+        scaling = {
+            "rope_type": "llama3",
+            "factor": round(factor, digits),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": round(high, digits),
+            "original_max_position_embeddings": round(length),
+        }
+        if scaling["factor"] > 1 and scaling["high_freq_factor"] > 1:
+            again = _divisors({**config, "rope_scaling": scaling})
+            if bool((np.abs(again - f) <= TOLERANCE * f).all()):
+                return scaling
+    raise Unsupported("these are not the divisors of llama3's scaling", where=FREQS, hint="known: llama3")
+
+
+def _ends(x: Array, s: Array, waves: Array, divisors: Array) -> tuple[float, float]:
+    """The high factor and the length that place divisors between the ends, `s` at the frequencies `x`.
+
+    Small heads may have one or none there: then high is 4, as it always is, or both are taken from where the ends lie.
+    """
     if len(x) >= 2:
         slope, intercept = np.linalg.lstsq(np.stack([x, np.ones_like(x)], 1), s)[0].tolist()
         high = 1 - 1 / intercept
-        for digits in range(7):
-            scaling = {
-                "rope_type": "llama3",
-                "factor": round(factor, digits),
-                "low_freq_factor": 1.0,
-                "high_freq_factor": round(high, digits),
-                "original_max_position_embeddings": round(slope * (high - 1)),
-            }
-            if scaling["factor"] > 1 and scaling["high_freq_factor"] > 1:
-                again = llama3_freqs({**config, "rope_scaling": scaling})
-                if again is not None and bool((np.abs(again - f) <= TOLERANCE * f).all()):
-                    return scaling
-    raise Unsupported("these are not the divisors of llama3's scaling", where=FREQS, hint="known: llama3")
+        return high, slope * (high - 1)
+    if len(x) == 1:
+        return 4.0, (1 + 3 * s[0]) / x[0]
+    whole = divisors == 1
+    if not whole.any():
+        return 0.0, 0.0  # no length is so short
+    length = math.ceil(waves[~whole].min()) - 1
+    return (1 + length / waves[whole].max()) / 2, length
 
 
 def _wavelengths(config: Mapping[str, Any]) -> Array:
@@ -145,6 +169,8 @@ def flat(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_parameters` of transformers 5 as the flat keys that 4.x writes and both read."""
     local = parameters.get("sliding_attention")
     full = dict(parameters.get("full_attention", parameters))
+    _require_numbers(full)
+    _require_numbers(local or {})
     out: dict[str, Any] = {"rope_theta": float(full.pop("rope_theta", 10000.0))}
     if (part := full.pop("partial_rotary_factor", 1.0)) != 1.0:
         raise Unsupported(f"a partial_rotary_factor of {part} is not supported", where="rope_parameters")
@@ -155,3 +181,17 @@ def flat(parameters: Mapping[str, Any]) -> dict[str, Any]:
         if local.get("rope_type", "default") != "default":
             raise Unsupported("scaling inside the sliding window is not supported", where="rope_parameters")
     return out
+
+
+def _require_numbers(parameters: Mapping[str, Any]) -> None:
+    """BadInput for a value that is no positive number where one belongs, or a kind that is no name."""
+    kind = parameters.get("rope_type", "default")
+    needed = {"rope_theta"} & parameters.keys() | (set(LLAMA3) if kind == "llama3" else set())
+    odd = [] if isinstance(kind, str) else ["rope_type"]
+    for name in sorted(needed | set(NUMBERS) & {k for k, v in parameters.items() if v is not None}):
+        value = parameters.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            odd.append(name)
+    if odd:
+        what = f"{parameters.get(odd[0])!r} makes no sense here"
+        raise BadInput(what, where=f"config.json: rope_parameters.{odd[0]}", hint="mend that value")

@@ -7,6 +7,7 @@ derived from such rows. It leaves out tokenizers (`tokenizer.py`), scaled rotary
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -256,6 +257,9 @@ class Architecture:
                 if key.default is None:
                     raise BadInput("config.json lacks this required key", where=f"{where}: {key.hf}")
                 full[key.hf] = key.default(full)
+            elif not _sound(full[key.hf], key.number) and not (key.off and full[key.hf] == 0):
+                what = f"{printable(full[key.hf])} is not a positive number"
+                raise BadInput(what, where=f"{where}: {key.hf}", hint="mend that value")
         for name, value in self.fixed:
             if full.setdefault(name, value) != value:
                 raise Unsupported(
@@ -273,7 +277,7 @@ class Architecture:
             raise BadInput("the file lacks this required key", where=name, hint="ask its publisher for a complete file")
         if value is None and key.default is not None:
             return key.default(config)
-        if isinstance(value, bool | str) or not isinstance(value, int | float) or value <= 0:
+        if not _sound(value, float):
             raise BadInput(f"{printable(value)} is not a positive number", where=name, hint="the file is damaged")
         if key.number is int and value != int(value):
             raise FormatError(f"{printable(value)} is not a whole number", where=name, hint="the file is damaged")
@@ -296,6 +300,13 @@ class Placed:
         """The name of the statistics of what it is fed: an expert has its own, of the tokens that it is asked for."""
         name = self.weight.reads if len(self.shape) > 1 else None
         return name if name is None or self.expert is None else f"{name}.{self.expert}"
+
+
+def _sound(value: object, number: type[int] | type[float]) -> bool:
+    """Whether a value is a positive number that is not infinite, and whole where it must be."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value < math.inf and (number is float or value == int(value))
 
 
 def shortest(value: float) -> float:

@@ -176,6 +176,7 @@ def _casts(name: str) -> tuple[Cast, Cast]:
         for path in _beside(find()):
             try:
                 fast = ctypes.CDLL(str(path))
+                fast.ggml_cpu_init()  # fills the table from which the last numbers of an odd count are read
                 return _cast(fast.ggml_cpu_fp16_to_fp32), _cast(fast.ggml_cpu_fp32_to_fp16)
             except (OSError, AttributeError):
                 continue

@@ -38,6 +38,8 @@ def open_hf_folder(path: Path, overrides: Sequence[str] = (), template: ChatTemp
     config = stated_config(arch.complete(config, defaults, where=str(path / "config.json")), facts)
     folder = open_folder(path)
     quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise FormatError("quantization_config is not an object", where=path / "config.json", hint="get it again")
     method = quantization.get("quant_method", "dense")
     if method not in _READERS:
         raise Unsupported(f"the format {method!r} is not read", where=path, hint=f"known: {', '.join(_READERS)}")

@@ -113,12 +113,12 @@ class Model:
 
 def transformers_config(config: Mapping[str, Any], where: Path) -> Any:
     """The configuration as transformers completes it; BadInput where it refuses to."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    values = {k: v for k, v in config.items() if k not in ("model_type", "quantization_config", "torch_dtype")}
+    left_out = ("model_type", "quantization_config", "dtype", "torch_dtype")
+    values = {k: v for k, v in config.items() if k not in left_out}
     try:
         return AutoConfig.for_model(config["model_type"], **values)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as e:
-        reason = str(e).splitlines()[-1].strip()
+    except Exception as e:  # whatever its code for the family comes upon in values that make no sense
+        reason = (str(e).splitlines() or [type(e).__name__])[-1].strip()
         raise BadInput(f"transformers refuses this configuration ({reason})", where=where) from e

@@ -30,6 +30,7 @@ from quantkit.solvers.rtn import rtn, weighted
 from quantkit.stats import Stats, errors, told
 
 DAMP = 0.3  # of the mean diagonal, added to the diagonal: with less, codes fit the calibration text only
+AIM_DAMP = 1.0  # the same for `aim`, which has a weight for every one of its numbers to fit
 MOST_DAMP = 10.0  # no factor with this much on the diagonal: the statistics are of no use
 POLISH = 2  # times that all groups are reconsidered
 LEAST = 4096  # rows to a thread: two that take smaller steps wait for the interpreter more than they work
@@ -97,7 +98,7 @@ def gptq(weight: Tensor, stats: Stats, grid: Grid, damp: float = DAMP, polishing
     if lower is None:
         return _rounded(weight, hessian, grid, damp, "its statistics have no Cholesky factor")
     inverse = torch.cholesky_inverse(lower)
-    goal = aim(weight, stats, inverse)
+    goal = aim(weight, stats)
     order = group_aware_order(_seen(hessian), grid.group)
     upper, failed = torch.linalg.cholesky_ex(inverse[order][:, order], upper=True)
     if failed:
@@ -146,13 +147,13 @@ def _taken(q: Quantized | None, weight: Tensor, hessian: Tensor) -> Tensor:
     return out
 
 
-def aim(weight: Tensor, stats: Stats, inverse: Tensor) -> Tensor:
+def aim(weight: Tensor, stats: Stats) -> Tensor:
     """The weight A (N, K) to round in place of `weight`: of least |y - A x|, y what the layer is to give.
 
     That is W x~ of the source's activations x~, or where the outcome is added to the residual stream, what the source's
     stream has behind the layer, less what the quantized one has before it: then A makes up, as far as x tells, for what
-    went wrong in the stream as well. A = W + (sum of (y - W x)^T x) (sum of x^T x)^-1, where `inverse` is that of the
-    damped Hessian, 2/rows times it.
+    went wrong in the stream as well. A = W + (sum of (y - W x)^T x) (sum of x^T x)^-1, the latter damped by `AIM_DAMP`;
+    W itself where no damping gives an inverse.
     """
     if stats.wanted is not None:
         missed = stats.wanted - weight @ stats.gram
@@ -160,7 +161,10 @@ def aim(weight: Tensor, stats: Stats, inverse: Tensor) -> Tensor:
         missed = weight @ stats.drift
     else:
         return weight
-    return weight + missed.mul_(2 / stats.rows) @ inverse
+    lower, _ = damped_factor(stats.hessian, AIM_DAMP)
+    if lower is None:
+        return weight
+    return weight + torch.cholesky_solve(missed.mul_(2 / stats.rows).T, lower).T
 
 
 def _seen(hessian: Tensor) -> Tensor:

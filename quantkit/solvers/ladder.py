@@ -81,7 +81,7 @@ def ladder_gptq(weight: Tensor, stats: Stats, codec: Codec, damp: float = DAMP) 
     if lower is None:
         return _by_ggml(weight, stats, codec, damp, "its statistics have no Cholesky factor")
     inverse = torch.cholesky_inverse(lower)
-    goal = aim(weight, stats, inverse)
+    goal = aim(weight, stats)
     by_ggml = _by_ggml(goal, stats, codec, damp, "solving did no better")
     found = _solved(goal, hessian.diagonal(), lower @ lower.T, inverse, codec)
     made = errors(found.dequantize() - goal, hessian)
