@@ -1,5 +1,18 @@
-"""`python -m quantkit`."""
+"""`quantkit`, and `python -m quantkit`. To import the command line takes long enough to be interrupted."""
 
-from quantkit.cli import main
+from __future__ import annotations
 
-main()
+import sys
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        from quantkit.cli import main as run
+    except KeyboardInterrupt:
+        sys.exit("quantkit: interrupted; nothing had begun")
+    run()
+
+
+if __name__ == "__main__":
+    main()

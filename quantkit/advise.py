@@ -14,6 +14,7 @@ from quantkit.errors import UsageError
 from quantkit.hardware import GIB, Machine
 from quantkit.memory import Need, Weights, in_ram, on_device, quantized_shapes, token_bytes
 from quantkit.model import Model
+from quantkit.model.mixed import compressed_settings
 
 MARLIN_GROUPS = (32, 64, 128, -1)  # vLLM `marlin_utils.py`, MARLIN_SUPPORTED_GROUP_SIZES
 MARLIN_OUT, MARLIN_IN = 64, 128  # GPTQ_MARLIN_MIN_THREAD_N and _K
@@ -153,7 +154,12 @@ def runtime(model: Model) -> str:
         return "llama.cpp"
     if model.format == "dense":
         return "vLLM, transformers"
-    return runtime_of(model.config.get("quantization_config") or {}, quantized_shapes(model))
+    quantization = model.config.get("quantization_config") or {}
+    if model.format == "compressed-tensors":
+        packed = [n.removesuffix(".weight") for n, r in model.tensors.items() if r.type.startswith("CT")]
+        own = compressed_settings(quantization, packed[0]) if packed else {}
+        quantization = {"bits": own.get("num_bits"), "group_size": own.get("group_size") or -1}
+    return runtime_of(quantization, quantized_shapes(model))
 
 
 def runtime_of(quantization: dict[str, Any], shapes: set[tuple[int, ...]]) -> str:

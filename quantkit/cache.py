@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ LIMIT = 32 << 30  # bytes of kept tensors; beyond it the longest unread give way
 
 
 def folder() -> Path:
-    """The cache folder, made if it is not there."""
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkit"
-    path.mkdir(parents=True, exist_ok=True)
+    """The cache folder. It need not be there, and where it cannot be made, things are computed anew."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkit"
+
+
+def made(path: Path) -> Path:
+    """A path in the cache folder, once the folder that it lies in is there; OSError where it cannot be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -36,12 +41,11 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file, remembered under its path, size and time of change."""
     stat = path.stat()
     known = folder() / "hashes" / f"{key(str(path.resolve()), stat.st_size, stat.st_mtime_ns)}.txt"
-    if known.is_file():
+    with suppress(OSError):
         return known.read_text()
     with open(path, "rb") as f:
         found = hashlib.file_digest(f, "sha256").hexdigest()
-    known.parent.mkdir(exist_ok=True)
-    with staged(known, replace=True) as partial:
+    with suppress(OSError, QuantkitError), staged(made(known), replace=True) as partial:
         partial.write_text(found)
     return found
 
@@ -75,11 +79,10 @@ def keep(name: str, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     try:
-        where = folder() / "scores"
-        where.mkdir(exist_ok=True)
-        with staged(where / f"{name}.safetensors", replace=True) as partial:
+        path = made(folder() / "scores" / f"{name}.safetensors")
+        with staged(path, replace=True) as partial:
             save_file({n: t.contiguous() for n, t in tensors.items()}, partial)
-        _make_room(where)
+        _make_room(path.parent)
     except (OSError, QuantkitError):
         return
 

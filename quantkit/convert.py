@@ -6,6 +6,7 @@ statistics are taken, and handed to each output in turn. Then every output is ve
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from quantkit.corpus import Text
 from quantkit.errors import UsageError
 from quantkit.evaluate import Predictions, predict, score
 from quantkit.events import Event, Progress, SourceScored, VariantDone
-from quantkit.files.atomic import require_space
+from quantkit.files.atomic import abandoned, require_space, sweep
 from quantkit.files.imatrix import write_imatrix
 from quantkit.forward import Network, States, embed, for_calibration, network
 from quantkit.importance import Sums, imatrix_of, squares
@@ -48,7 +49,7 @@ def convert(
     on; None where nothing is calibrated or scored. Raises UsageError where an output is already there and `force` is
     not given, Resumable where the disk is too full; outputs that were not complete then are gone.
     """
-    with folder_for(out, plan, force):
+    with folder_for(model, out, plan, force):
         net = None
         if plan.calibrated or evaluation is not None:
             net = network(model, torch.device(device), batch_tokens=plan.batch_tokens)
@@ -76,12 +77,13 @@ def convert(
 
 
 @contextmanager
-def folder_for(out: Path, plan: Plan, force: bool) -> Iterator[None]:
+def folder_for(model: Model, out: Path, plan: Plan, force: bool) -> Iterator[None]:
     """Have the output folder, with room for the plan; one that was made here and stays empty goes again."""
-    claim(out, plan, force)
+    claim(model, out, plan, force)
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
+        sweep(out)
         require_space(out, plan.disk)
         yield
     finally:
@@ -89,13 +91,22 @@ def folder_for(out: Path, plan: Plan, force: bool) -> Iterator[None]:
             out.rmdir()
 
 
-def claim(out: Path, plan: Plan, force: bool) -> None:
+def claim(model: Model, out: Path, plan: Plan, force: bool) -> None:
     """Refuse an output folder that holds something, unless `force`; then refuse what is not ours to replace."""
-    if out.exists() and not out.is_dir():
-        raise UsageError("is a file", where=out, hint="give a folder with -o")
-    if out.exists() and any(out.iterdir()) and not force:
-        raise UsageError("the output folder is not empty", where=out, hint="choose another, or pass --force to replace")
+    there = next(p for p in (out, *Path(os.path.abspath(out)).parents) if p.exists())
+    if not there.is_dir():
+        raise UsageError("is a file", where=there, hint="give a folder with -o")
+    if not os.access(there, os.W_OK):
+        raise UsageError("may not be written to", where=there, hint="give another folder with -o")
+    held = sorted(p.name for p in out.iterdir() if not abandoned(p)) if out.exists() else []
+    if held and not force:
+        what = f"the output folder is not empty: it holds {held[0]}"
+        raise UsageError(what, where=out, hint="choose another, or pass --force to replace")
+    source = [Path(p).resolve() for p in (model.gguf.paths if model.gguf else [model.path])]
     for o in plan.outputs:
+        root = (out / o.root).resolve()
+        if any(root == path or root in path.parents for path in source):
+            raise UsageError("is the source itself", where=out / o.root, hint="choose another output folder")
         if o.is_folder and (out / o.root).is_file():
             raise UsageError("a file has the name of an output folder", where=out / o.root, hint="move it away")
 
@@ -127,7 +138,7 @@ def _solve(
         for p in (p for p in products if p.output.behind):
             rows[p.output.target] = _own_rows(p, net, states, calibration)
             if p.output.lasting:
-                p.journal = journal(p.output, model, calibration)
+                p.journal = journal(p.output, model, calibration, device)
                 p.resumed = p.journal.resume()
     shared = any(p.output.calibrated and (p.output.scaled or not p.output.behind) for p in products)
     for step in walk(model, net, states, device, shared, bool(rows)):

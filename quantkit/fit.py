@@ -97,6 +97,8 @@ def allocate(table: Table, budget: int) -> Fitted:
     low, high = 0.0, 1.0  # prices: too many bytes at the one, few enough at the other
     if _nbytes(_at(table, low)) <= budget:
         return Fitted(_at(table, low), low)
+    while _nbytes(_at(table, high)) > budget:
+        low, high = high, 2 * high
     for _ in range(200):
         middle = (low * high) ** 0.5 if low else high / 1e6
         low, high = (low, middle) if _nbytes(_at(table, middle)) <= budget else (middle, high)

@@ -30,7 +30,7 @@ def device_of(name: str) -> torch.device:
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return _card(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if name == "cpu":
         return torch.device("cpu")
     kind, _, index = name.partition(":")
@@ -38,7 +38,13 @@ def device_of(name: str) -> torch.device:
         raise UsageError(f"unknown device {name!r}", where="--device", hint="known: auto, cpu, cuda, cuda:0, ...")
     if not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count():
         raise UsageError(f"this machine has no {name}", where="--device", hint="use --device cpu")
-    return torch.device(name)
+    return _card(int(index) if index else torch.cuda.current_device())
+
+
+def _card(index: int) -> torch.device:
+    """A card by its number, which is the current one from now on: streams and graphs are made on that."""
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def limit_device(device: torch.device, nbytes: int) -> None:
@@ -243,7 +249,8 @@ def generate(net: Network, start: Tensor, length: int, seed: int, temperature: f
     how = GenerationConfig(
         do_sample=True, temperature=temperature, top_k=0, min_new_tokens=length - start.shape[1], max_length=length
     )
-    out = causal_lm.generate(start.to(net.device), generation_config=how, attention_mask=torch.ones_like(start)).cpu()
+    start = start.to(net.device)
+    out = causal_lm.generate(start, generation_config=how, attention_mask=torch.ones_like(start)).cpu()
     net.empty.to("meta")
     return out
 

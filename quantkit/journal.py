@@ -20,7 +20,7 @@ import numpy as np
 from quantkit.cache import fingerprint, folder, hash_of, key
 from quantkit.errors import QuantkitError, Resumable
 from quantkit.files.atomic import staged
-from quantkit.later import Tensor, torch
+from quantkit.later import Device, Tensor, torch
 from quantkit.model import Model
 from quantkit.targets import Output, Solved
 
@@ -83,10 +83,11 @@ class Journal:
             torch.save(what, partial)
 
 
-def journal(output: Output, model: Model, calibration: Tensor) -> Journal:
-    """The journal of this output, made of this model and these calibration rows by this version."""
+def journal(output: Output, model: Model, calibration: Tensor, device: Device) -> Journal:
+    """The journal of this output, made of this model and these calibration rows by this version on such a device."""
     plan = [output.target, output.note, [asdict(row) for row in output.rows]]
-    name = key(version("gguf-quantkit"), fingerprint(model), dict(model.facts), plan, hash_of(calibration))
+    versions = [version("gguf-quantkit"), version("torch"), str(device)]
+    name = key(versions, fingerprint(model), dict(model.facts), plan, hash_of(calibration))
     return Journal(folder() / "unfinished" / name)
 
 

@@ -171,4 +171,4 @@ def token_bytes(w: Weights, ctx: int, kv: str) -> tuple[int, int]:
 
 def quantized_shapes(model: Model) -> set[tuple[int, ...]]:
     """Shapes (out, in) of the packed matrices of a folder."""
-    return {r.shape for r in model.tensors.values() if r.type.startswith(("GPTQ", "AWQ"))}
+    return {r.shape for r in model.tensors.values() if r.type.startswith(("GPTQ", "AWQ", "CT"))}

@@ -97,6 +97,9 @@ def make_plan(model: Model, recipe: Recipe, device: Device, rows: int | None = N
     calibration = Calibration(text, rows or recipe.samples, recipe.seqlen) if text else None
     choices = recipe.choices()
     outputs = tuple(plan_output(name, model, calibration, choices) for name in recipe.to)
+    paths = [o.path.lower() for o in outputs]  # not every disk tells capitals apart
+    if doubled := [o.target for o in outputs if paths.count(o.path.lower()) > 1]:
+        raise UsageError(f"the target {doubled[0]} is named twice", where="--to", hint="name each target once")
     if choices.bits and not any(o.format in ("gptq", "compressed-tensors") for o in outputs):
         hint = "name a GPTQ or compressed-tensors target, or give types"
         raise UsageError("no target has bits of single layers", where="layers", hint=hint)

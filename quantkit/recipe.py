@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from quantkit.codecs import CODECS
 from quantkit.errors import BadInput, UsageError
+from quantkit.hardware import parse_size
 from quantkit.resources import resource
 from quantkit.targets import Choices, LayerRule
 
@@ -57,10 +58,13 @@ def _target_size(text: str) -> str:
 
 def target_bytes(text: str) -> int:
     """Bytes of a size such as 22GiB, 500MB or 96MiB; ValueError where it is none."""
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(MB|GB|MiB|GiB)", text, re.ASCII)
-    if not found or float(found[1]) <= 0:
+    try:
+        found = parse_size(text, "")
+    except UsageError:
+        found = 0
+    if found <= 0:
         raise ValueError(f"{text!r} is no size such as 22GiB, 4.5GB or 500MB")
-    return int(float(found[1]) * {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}[found[2]])
+    return found
 
 
 TensorType = Annotated[str, AfterValidator(_type)]
@@ -117,7 +121,7 @@ class Recipe(BaseModel):
     split_max_size: Annotated[str, AfterValidator(_size)] | None = None
     imatrix: str | None = None  # a file, used in place of calibrating
     target_size: Annotated[str, AfterValidator(_target_size)] | None = None  # types that make the target `gguf` so big
-    target_bpw: Annotated[float, Field(gt=0)] | None = None  # or so many bits a weight
+    target_bpw: Annotated[float, Field(gt=0, le=32)] | None = None  # or so many bits a weight
     solver: Literal["gptq", "awq+gptq", "learned"] | None = None  # for more than a target's own
     layers: dict[str, Layer] = {}  # by pattern of names, `"*.ffn_down": {type: Q6_K}`; the first that matches counts
 
@@ -152,22 +156,26 @@ def load_recipe(name: str | None, options: Mapping[str, Any]) -> Recipe:
         if isinstance(values.get(name_of_list), str):
             values[name_of_list] = [values[name_of_list]]
     merged = values | {k: v for k, v in options.items() if v is not None}
-    if merged.get("target_size") or merged.get("target_bpw"):
+    if merged.get("target_size") is not None or merged.get("target_bpw") is not None:
         merged.setdefault("to", [GGUF])
     try:
         recipe = Recipe(**merged)
     except ValidationError as e:
-        faults = "; ".join(f"{'.'.join(map(str, f['loc']))}: {_said(f)}" for f in e.errors())
-        raise UsageError(faults, where=name or "options", hint=f"known: {', '.join(Recipe.model_fields)}") from None
-    if doubled := sorted({t for t in recipe.to if [x.lower() for x in recipe.to].count(t.lower()) > 1}):
-        raise UsageError(f"the target {doubled[0]} is named twice", where="--to", hint="name each target once")
+        unknown = any(f["type"] == "extra_forbidden" for f in e.errors())
+        hint = f"known: {', '.join(Recipe.model_fields)}" if unknown else "see quantkit convert --help"
+        raise UsageError("; ".join(_said(f, name) for f in e.errors()), where=name, hint=hint) from None
     return recipe
 
 
-def _said(fault: ErrorDetails) -> str:
-    """A fault in words: pydantic's own begin with a capital, ours come with a label."""
+def _said(fault: ErrorDetails, recipe: str | None) -> str:
+    """A fault in words, under its name in the recipe or on the command line.
+
+    pydantic's own begin with a capital, ours come with a label.
+    """
     ours = fault["msg"].removeprefix("Value error, ")
-    return ours if fault["type"] == "value_error" else ours.lower()
+    said = ours if fault["type"] == "value_error" else ours.lower()
+    place = ".".join(map(str, fault["loc"]))
+    return f"{place if recipe else '--' + place.replace('_', '-')}: {said}"
 
 
 def _read(name: str) -> Any:

@@ -9,32 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from pathlib import Path
+from contextlib import suppress
 
+from quantkit import cache
 from quantkit.corpus import Text
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.files.atomic import staged
 from quantkit.forward import generate, network
 from quantkit.later import Tensor, torch
 from quantkit.model import Model
 
 
-def cache_folder() -> Path:
-    """Where quantkit keeps what can be made again: $QUANTKIT_CACHE, or `quantkit` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("QUANTKIT_CACHE") or Path(base) / "quantkit")
-
-
 def self_calibration(model: Model, samples: int, seqlen: int, seed: int, device: torch.device) -> tuple[Text, Tensor]:
     """The text and its token ids (samples, seqlen). UsageError where the whole model does not fit in memory."""
-    key = hashlib.sha256(json.dumps([_identity(model), samples, seqlen, seed]).encode()).hexdigest()
-    path = cache_folder() / "self" / f"{key[:32]}.json"
+    name = hashlib.sha256(json.dumps([_identity(model), samples, seqlen, seed]).encode()).hexdigest()
+    path = cache.folder() / "self" / f"{name[:32]}.json"
     if path.is_file():
         ids = torch.tensor(json.loads(path.read_text()))
     else:
         ids = _write(model, samples, seqlen, seed, device)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with staged(path) as partial:
+        with suppress(OSError, QuantkitError), staged(cache.made(path), replace=True) as partial:
             partial.write_text(json.dumps(ids.tolist()))
     tokenizer = model.tokenizer()
     documents = tuple(tokenizer.decode(row) for row in ids.tolist())

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quantkit.activations import readers
@@ -58,7 +58,7 @@ def fisher(net: Network, ids: Tensor, seed: int) -> Iterator[tuple[str, Mapping[
     yield "head", {EMBEDDING if _tied(net) else "lm_head.weight": head}
     for layer in reversed(range(net.model.layers)):
         with net.block(layer) as block:
-            found = _back(net, States(before.pop(), states.kwargs), grad, layer, block)
+            found = _back(net, replace(states, hidden=before.pop()), grad, layer, block)
         yield f"block {layer}", found
     scale = getattr(net.base.embed_tokens, "scalar_embed_scale", 1.0)
     stats = Stats.zeros(grad.shape[-1], net.device).add(grad.to(net.device) * scale)

@@ -210,54 +210,6 @@ def test_a_folder_is_a_source_too(made, text, tmp_path):
     assert (tmp_path / "again" / "gptq" / "quantize_config.json").is_file()
 
 
-@pytest.mark.parametrize(
-    ("args", "code", "says"),
-    [
-        (["convert", "{missing}", "-o", "{out}", "--to", "fp16"], 65, "no such file or folder"),
-        (["convert", "{empty}", "-o", "{out}", "--to", "fp16"], 65, "no model in this folder"),
-        (["convert", "{truncated}", "-o", "{out}", "--to", "fp16"], 65, "truncated"),
-        (["convert", "{mamba}", "-o", "{out}", "--to", "fp16"], 65, "architecture 'mamba' is not supported"),
-        (["convert", "{source}", "-o", "{out}", "--to", "int5"], 2, "unknown target 'int5'"),
-        (["convert", "{source}", "-o", "{out}"], 2, "to: field required"),
-        (["convert", "{source}", "-o", "{out}", "--to", "fp16", "--to", "FP16"], 2, "named twice"),
-        (["convert", "{source}", "-o", "{out}", "--to", "gptq-4bit-512g"], 2, "no multiple of 512; use group size 128"),
-        (["convert", "{source}", "-o", "{out}", "--to", "awq-3bit-64g"], 2, "AWQ GEMM is 4-bit"),
-        (["convert", "{source}", "-o", "{full}", "--to", "fp16"], 2, "not empty"),
-        (["convert", "{source}", "-o", "{out}", "--to", "gptq", "--calibration", "{text}"], 2, "the same text"),
-        (["convert", "{source}", "-o", "{out}", "--to", "gptq", "--device", "cuda:9"], 2, "has no cuda:9"),
-        (["perplexity", "{source}", "--text", "{missing}"], 65, "no such text file"),
-        (["perplexity", "{source}", "--text", "{short}"], 65, "tokens"),
-        (["inspect", "{truncated}"], 65, "truncated"),
-        (["--bogus"], 2, "No such option"),
-    ],
-)
-def test_bad_input_is_one_line_and_leaves_nothing(args, code, says, source, text, tmp_path):
-    cut = tmp_path / "cut.gguf"
-    cut.write_bytes(source.read_bytes()[:-1000])
-    full = tmp_path / "full"
-    full.mkdir()
-    (full / "mine.txt").write_text("mine")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "short.txt").write_text("the rest")
-    places = {
-        "missing": tmp_path / "nothing.gguf",
-        "empty": tmp_path / "empty",
-        "truncated": cut,
-        "mamba": write_toy(tmp_path / "mamba.gguf", toy_model(), arch="mamba"),
-        "source": source,
-        "out": tmp_path / "out",
-        "full": full,
-        "text": text / "evaluation.txt",
-        "short": tmp_path / "short.txt",
-    }
-    status, stdout, stderr = quantkit(
-        *(a.format(**places) for a in args), *(["--eval-text", places["text"]] if args[0] == "convert" else [])
-    )
-    assert (status, stdout) == (code, "")
-    assert says in stderr and len(stderr.strip().splitlines()) == 1, stderr
-    assert not (tmp_path / "out").exists() and [p.name for p in full.iterdir()] == ["mine.txt"]
-
-
 def test_force_replaces_and_leaves_the_rest(made, source, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

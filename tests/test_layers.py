@@ -36,7 +36,7 @@ ALLOWED = {
     "page": {"compare", "files", "plots"},
     "prefix": {"activations", "forward", "model", "solvers", "stats"},
     "targets": {"model", "arch", "codecs", "files", "solvers", "stats"},
-    "recipe": {"resources", "codecs", "targets"},
+    "recipe": {"hardware", "resources", "codecs", "targets"},
     "importance": {"activations", "files", "forward", "model", "stats", "targets"},
     "plan": {"activations", "codecs", "targets", "model", "recipe", "evaluate", "forward", "prefix", "solvers"},
     "journal": {"cache", "files", "model", "targets"},
@@ -47,7 +47,7 @@ ALLOWED = {
     "product": {"events", "files", "forward", "journal", "prefix", "seal", "targets", "verify", "walk"},
     "convert": {"plan", "targets", "model", "files", "forward", "evaluate", "stats", "corpus", "events", "importance"}
     | {"journal", "prefix", "product", "sensitivity", "walk"},
-    "selfcal": {"forward", "model", "corpus", "files"},
+    "selfcal": {"cache", "forward", "model", "corpus", "files"},
     "hardware": set(),
     "memory": {"model", "targets"},
     "advise": {"hardware", "memory", "model"},

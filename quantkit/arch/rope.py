@@ -127,7 +127,7 @@ def llama3_of(freqs: Array, config: Mapping[str, Any]) -> dict[str, Any] | None:
     between = (f > 1 + 1e-5) & (f < factor * (1 - 1e-5))
     high, length = _ends(1 / waves[between], (1 / f[between] - 1 / factor) / (1 - 1 / factor), waves, f)
     for digits in range(7):
-        scaling = {
+        scaling: dict[str, Any] = {
             "rope_type": "llama3",
             "factor": round(factor, digits),
             "low_freq_factor": 1.0,
@@ -152,7 +152,7 @@ def _ends(x: Array, s: Array, waves: Array, divisors: Array) -> tuple[float, flo
         return high, slope * (high - 1)
     if len(x) == 1:
         return 4.0, (1 + 3 * s[0]) / x[0]
-    whole = divisors == 1
+    whole: Array = divisors == 1
     if not whole.any():
         return 0.0, 0.0  # no length is so short
     length = math.ceil(waves[~whole].min()) - 1

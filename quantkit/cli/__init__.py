@@ -11,7 +11,7 @@ import warnings
 import typer
 
 from quantkit.cli import advise, compare, convert, imatrix, inspect, perplexity
-from quantkit.errors import QuantkitError, Resumable
+from quantkit.errors import QuantkitError, Resumable, UsageError
 from quantkit.later import torch, torch_is_there
 
 app = typer.Typer(
@@ -30,9 +30,20 @@ app.command("imatrix")(imatrix.command)
 app.command("inspect")(inspect.command)
 
 
+class Interrupted(BaseException):
+    """A signal that ends the program, as an exception: partial outputs are removed on its way up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.code = 128 + number
+
+
 def main() -> None:
     """Run the command line: every foreseen error is one line on stderr and an exit status of its own."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that partial outputs are removed
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last is not everywhere; one that is ignored stays so
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupt)
     warnings.filterwarnings("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -44,14 +55,22 @@ def main() -> None:
         _fail(str(e), e.exit_code)
     except MemoryError:
         _fail("out of memory; close other programs, or pass fewer --samples", Resumable.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; nothing was left half-written", 130)
+    except (Interrupted, typer.Abort) as e:
+        print("quantkit: interrupted; nothing was left half-written", file=sys.stderr, flush=True)
+        os._exit(e.code if isinstance(e, Interrupted) else 130)  # no thread is waited for that still runs a block
     except RuntimeError as e:
         if not (torch_is_there() and isinstance(e, torch.OutOfMemoryError)):
             raise
         _fail("out of device memory; pass a shorter --seqlen, another --vram, or --device cpu", Resumable.exit_code)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as e:
+        place = f"{e.filename}: " if e.filename else ""
+        _fail(f"{place}{e.strerror or e}; check that path and what you may do there", UsageError.exit_code)
+
+
+def _interrupt(number: int, _: object) -> None:
+    raise Interrupted(number)
 
 
 def _fail(message: str, code: int) -> None:

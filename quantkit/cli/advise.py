@@ -93,7 +93,8 @@ def _make(models: list[str], ask: Ask, place: Machine, output: Path, recipe: str
     """Convert the one model to a GGUF that takes all the memory the rest leaves, of the types of least predicted KL."""
     if len(models) != 1:
         raise UsageError(f"{len(models)} models", where="--make", hint="name the one to convert")
-    model = open_model(models[0])
+    asked = load_recipe(recipe, {"target_size": "1GB"})  # its own size is not known before the model's
+    model = open_model(models[0], asked.override, asked.chat_template)
     shape = model.tensors[EMBEDDING].shape
     embedding = tensor_nbytes("token_embd.weight", shape, types_of_width(shape[1])[0])
     nbytes = room(weights_of(model.name, model), ask, place, embedding)

@@ -107,11 +107,11 @@ def command(
 def carry_out(model: Model, settings: Recipe, output: Path, force: bool, as_json: bool) -> None:
     """Convert a model as a recipe has it, and show what came of it; VerifyError where an output failed its check."""
     where = place_of(settings.device)
+    if settings.vram and not on_cpu(where):
+        limit_device(torch.device(where), target_bytes(settings.vram))
     settings = fitted(model, settings, where)
     plan = make_plan(model, settings, where)
-    claim(output, plan, force)
-    if settings.vram:
-        limit_device(torch.device(where), target_bytes(settings.vram))
+    claim(model, output, plan, force)
     failed = _run(model, settings, plan, output, where, force, as_json)
     if failed:
         raise VerifyError(f"{len(failed)} of {len(plan.outputs)} outputs failed: {failed[0]}", where=str(output))

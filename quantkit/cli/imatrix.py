@@ -44,6 +44,10 @@ def command(
         return
     if output is None:
         raise UsageError("no output file", where="-o", hint="name one, such as -o imatrix.gguf")
+    if not output.parent.is_dir():
+        raise UsageError("there is no such folder to write in", where=output.parent, hint="make it first")
+    if output.exists():
+        raise UsageError("it exists already", where=output, hint="choose another name, or remove it")
     if merge_them:
         imatrix = merge([read_imatrix(Path(path)) for path in sources])
     elif len(sources) == 1:

@@ -1,15 +1,19 @@
 """Outputs that appear whole or not at all: work goes to a hidden sibling, which takes the final name when complete.
 
 The sibling lies in the same folder, so the last step is a rename within one filesystem. Whatever ends the work - an
-error, a full disk, Ctrl-C - removes it; a kill that runs no code leaves it, hidden, and never under the final name.
+error, a full disk, Ctrl-C - removes it; a kill that runs no code leaves it, hidden, and never under the final name,
+until the next run in that folder (`sweep`).
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import re
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -84,7 +88,33 @@ def _taken(path: Path) -> UsageError:
 
 def _hidden(path: Path, why: str) -> Path:
     """A name that no other run takes: process ids repeat across containers that share a disk, so a token is added."""
-    return path.with_name(f".{path.name}.{why}-{os.getpid()}-{secrets.token_hex(3)}")
+    return path.with_name(f".{path.name}.{why}-{_host()}-{os.getpid()}-{secrets.token_hex(3)}")
+
+
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+
+
+def abandoned(path: Path) -> bool:
+    """Whether a path is what a run on this machine was writing when it was killed."""
+    made = re.fullmatch(r"\..+\.partial-([0-9a-f]{6})-(\d+)-[0-9a-f]{6}", path.name)
+    return made is not None and made[1] == _host() and not _alive(int(made[2]))
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed runs were writing in a folder."""
+    for path in filter(abandoned, list(folder.iterdir())):
+        _remove(path)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
 
 
 def _publish(partial: Path, path: Path, replace: bool) -> None:

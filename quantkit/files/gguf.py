@@ -136,10 +136,10 @@ def stacked(gguf: GGUF, stacks: Mapping[str, Sequence[str]]) -> GGUF:
 
 def _open_header(path: Path) -> tuple[Header, Stamp]:
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode) and not path.is_dir():  # a pipe would be waited for
+            raise BadInput("not a regular file", where=path, hint="give a .gguf file")
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise BadInput("not a regular file", where=path, hint="give a .gguf file")
             if status.st_size == 0:
                 raise FormatError("the file is empty", where=path, offset=0, hint=AGAIN)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:

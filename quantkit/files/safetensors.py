@@ -87,6 +87,15 @@ class Folder:
             return mapped(f.fileno(), entry.offset, entry.nbytes)
 
 
+def _lacking(path: Path) -> str:
+    """What to do about a folder without weights that can be read."""
+    if any(path.glob("*.safetensors")):
+        return f"{INDEX} is missing: download it again"
+    if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
+        return "pickled weights (.bin) are not read: save them as safetensors"
+    return "give a GGUF file or an HF model folder"
+
+
 def open_folder(path: Path) -> Folder:
     """Index the safetensors of a folder: `model.safetensors`, or the shards that its index names.
 
@@ -100,7 +109,7 @@ def open_folder(path: Path) -> Folder:
     elif (path / "model.safetensors").is_file():
         files = ["model.safetensors"]
     else:
-        raise BadInput("no model.safetensors in this folder", where=path, hint="give a GGUF file or an HF model folder")
+        raise BadInput("no model.safetensors in this folder", where=path, hint=_lacking(path))
     entries: dict[str, Entry] = {}
     for file in files:
         if not isinstance(file, str) or Path(file).name != file or not (path / file).is_file():

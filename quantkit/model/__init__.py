@@ -47,7 +47,8 @@ def _open_local(path: Path, overrides: Sequence[str], template: ChatTemplate | N
 
 
 def _only_gguf(path: Path) -> Path:
-    found = sorted(p for p in path.glob("*.gguf") if not re.search(r"-(?!00001)\d{5}-of-\d{5}$", p.stem))
+    later_shard = re.compile(r"-(?!00001)\d{5}-of-\d{5}$")
+    found = sorted(p for p in path.glob("*.gguf") if p.name != "imatrix.gguf" and not later_shard.search(p.stem))
     if len(found) == 1:
         return found[0]
     if found:

@@ -89,18 +89,19 @@ def gptq(weight: Tensor, stats: Stats, grid: Grid, damp: float = DAMP, polishing
     Rows do not influence one another: weights that read the same activation may be stacked and solved as one. Raises
     BadInput where the statistics are not finite.
     """
+    require_finite(stats)
     weight, hessian = weight.float(), stats.hessian
-    if not bool(torch.isfinite(hessian).all()):
-        raise BadInput("the calibration statistics are not finite", hint="the model overflows on this text")
     if not bool(hessian.any()):
         return _rounded(weight, hessian, grid, 0.0, "no calibration token reached it")
     lower, damp = damped_factor(hessian, damp)
     if lower is None:
         return _rounded(weight, hessian, grid, damp, "its statistics have no Cholesky factor")
-    inverse = torch.cholesky_inverse(lower)
     goal = aim(weight, stats)
     order = group_aware_order(_seen(hessian), grid.group)
-    upper, failed = torch.linalg.cholesky_ex(inverse[order][:, order], upper=True)
+    inverse = torch.cholesky_inverse(lower)
+    del lower  # a wide layer has room for few of these
+    upper, failed = torch.linalg.cholesky_ex(inverse[order[:, None], order], upper=True)
+    del inverse
     if failed:
         return _rounded(goal, hessian, grid, damp, "its inverse has no Cholesky factor")
     damped = _damped(hessian, damp)
@@ -130,6 +131,13 @@ def rounding(weight: Tensor, stats: Stats, grid: Grid, why: str) -> Solution[Qua
     found = _rounded(weight.float(), stats.hessian, grid, 0.0, why)
     q = weighted(weight, stats, grid)
     return replace(found, quantized=q, errors=_taken(q, weight, stats.hessian), order="none")
+
+
+def require_finite(stats: Stats, where: str | None = None) -> None:
+    """BadInput where an activation has overflowed."""
+    if not bool(torch.isfinite(stats.gram).all()):
+        hint = "the model overflows on this text"
+        raise BadInput("the calibration statistics are not finite", where=where, hint=hint)
 
 
 def _rounded(weight: Tensor, hessian: Tensor, grid: Grid, damp: float, why: str) -> Solution[Quantized]:
@@ -289,15 +297,6 @@ def damped_factor(hessian: Tensor, damp: float) -> tuple[Tensor | None, float]:
         else:
             lower, damp = better, middle
     return lower, damp
-
-
-def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
-    """The upper Cholesky factor of the damped inverse; BadInput where no damping gives one."""
-    lower, _ = damped_factor(hessian, damp)
-    upper, failed = (None, 1) if lower is None else torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    if upper is None or failed:
-        raise BadInput("the calibration statistics have no Cholesky factor", hint="calibrate on more text")
-    return upper
 
 
 def _factor(hessian: Tensor, damp: float) -> Tensor | None:

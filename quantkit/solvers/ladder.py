@@ -20,9 +20,8 @@ from dataclasses import dataclass, replace
 from quantkit.codecs import Codec, decode, encode
 from quantkit.codecs.parts import Ladder, Parts
 from quantkit.codecs.sharing import one_each, share_out
-from quantkit.errors import BadInput
 from quantkit.later import Tensor, torch
-from quantkit.solvers.gptq import Solution, aim, damped_factor, group_aware_order
+from quantkit.solvers.gptq import Solution, aim, damped_factor, group_aware_order, require_finite
 from quantkit.stats import Stats, errors
 
 DAMP = 0.15  # of the mean diagonal, added to the diagonal
@@ -72,9 +71,8 @@ def ladder_gptq(weight: Tensor, stats: Stats, codec: Codec, damp: float = DAMP) 
     what is encoded is `aim`. Where the outcome is no better than ggml's own encoding with the importance diag(H), or
     H has no Cholesky factor, it is that encoding. BadInput where the statistics are not finite.
     """
+    require_finite(stats)
     weight, hessian = weight.float(), stats.hessian
-    if not bool(torch.isfinite(hessian).all()):
-        raise BadInput("the calibration statistics are not finite", hint="the model overflows on this text")
     if not bool(hessian.any()):
         return _by_ggml(weight, stats, codec, 0.0, "no calibration token reached it")
     lower, damp = damped_factor(hessian, damp)
@@ -84,6 +82,8 @@ def ladder_gptq(weight: Tensor, stats: Stats, codec: Codec, damp: float = DAMP) 
     goal = aim(weight, stats)
     by_ggml = _by_ggml(goal, stats, codec, damp, "solving did no better")
     found = _solved(goal, hessian.diagonal(), lower @ lower.T, inverse, codec)
+    if found is None:
+        return replace(by_ggml, fallback="its inverse has no Cholesky factor")
     made = errors(found.dequantize() - goal, hessian)
     better = bool(made.sum() < by_ggml.errors.sum())
     return replace(by_ggml, quantized=found, errors=made, fallback="") if better else by_ggml
@@ -95,10 +95,12 @@ def _by_ggml(weight: Tensor, stats: Stats, codec: Codec, damp: float, why: str) 
     return Solution(encoded, made, made, errors(weight, stats.hessian), damp, why)
 
 
-def _solved(goal: Tensor, diagonal: Tensor, damped: Tensor, inverse: Tensor, codec: Codec) -> Encoded:
+def _solved(goal: Tensor, diagonal: Tensor, damped: Tensor, inverse: Tensor, codec: Codec) -> Encoded | None:
     importance = torch.where(diagonal == 0, diagonal.mean(), diagonal)  # unseen is not worthless: an average column
     order = group_aware_order(importance, codec.block)
-    upper = torch.linalg.cholesky(inverse[order][:, order], upper=True)
+    upper, failed = torch.linalg.cholesky_ex(inverse[order[:, None], order], upper=True)
+    if failed:
+        return None
 
     def solved(rows: slice) -> Tensor:
         blocks = _greedy(goal[rows], importance, order, upper, codec)
@@ -186,10 +188,10 @@ def _columns(block: _Block, weight: Tensor, upper: Tensor, inside: Tensor) -> No
     missed = torch.empty_like(w)
     steps, offsets = block.d * block.scales, block.dmin * block.mins
     per_step = _inverse(steps)
+    places = inside.tolist()
     for first in range(0, len(w), CHUNK):
         last = first + CHUNK
-        for i in range(first, last):
-            j = int(inside[i])
+        for i, j in enumerate(places[first:last], first):
             s = j // block.sub
             block.levels[j] = block.nearest((w[i] + offsets[s]) * per_step[s])
             missed[i] = (w[i] + offsets[s] - block.levels[j] * steps[s]) / upper[i, i]

@@ -29,7 +29,7 @@ def _recorded(work: Work, *examples: Tensor) -> Work:
         work(*[e.clone() for e in own])
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads read and hash meanwhile
         made = work(*own)
 
     def replay(*given: Tensor) -> tuple[Tensor, ...]:

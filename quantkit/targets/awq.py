@@ -17,8 +17,9 @@ from quantkit.files.safetensors import Spec
 from quantkit.later import Tensor, torch
 from quantkit.model import Model
 from quantkit.solvers.awq import awq_round, awq_scale
-from quantkit.solvers.rtn import weighted
-from quantkit.targets.folder import fitting_group, folder_output, linear, require_multiples, scarce
+from quantkit.solvers.gptq import require_finite
+from quantkit.solvers.rtn import rtn, weighted
+from quantkit.targets.folder import fitting_group, folder_output, linear, readers_of, require_multiples, scarce
 from quantkit.targets.folding import fold
 from quantkit.targets.grids import Asked, of_stem, solved_folder
 from quantkit.targets.target import Calibration, Choices, Family, Output, Piece, Solved
@@ -28,7 +29,7 @@ from quantkit.targets.unsolved import dense, weight_loss
 def plan(match: re.Match[str], model: Model, calibration: Calibration | None, choices: Choices) -> Output:
     """An AWQ folder; UsageError for a bit width, a group or a shape that no reader takes."""
     asked = int(match["group"]) if match["group"] else None
-    if int(match["bits"] or 4) != 4 or (asked and asked not in (16, 32, 64, 128)):
+    if int(match["bits"] or 4) != 4 or (asked is not None and asked not in (16, 32, 64, 128)):
         raise UsageError("AWQ GEMM is 4-bit, in groups of 16 to 128", where=match[0], hint="use awq-4bit-64g or gptq")
     group, why = fitting_group(model, asked)
     require_multiples(model, 8, 8, "AWQ")
@@ -51,6 +52,8 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
 
 def _solve(grid: Grid, piece: Piece) -> Iterator[Solved]:
     """Scale, clip and round a block."""
+    for activation, names in readers_of(piece).items():
+        require_finite(piece.stats[activation], names[0])
     folded = fold(piece, lambda weights, stats: awq_scale(weights, stats, grid))
     for name, weight in folded.weights.items():
         placed = piece.refs[name].placed
@@ -58,13 +61,15 @@ def _solve(grid: Grid, piece: Piece) -> Iterator[Solved]:
             yield dense(name, weight, torch.float16)
             continue
         stats, scale = piece.stats[placed.reads], folded.column(name)
-        if fallback := scarce(piece, placed.reads):
+        unseen = "" if bool(stats.absum.any()) else "no calibration token reached it"
+        if fallback := scarce(piece, placed.reads) or unseen:
             q = weighted(weight, stats, grid)
         else:
             q = awq_round(weight, stats, grid, scale.expand(weight.shape[1]))
-        value, log = q.dequantize(), {"fallback": fallback} if fallback else {}
-        loss = weight_loss(weight / scale, value / scale, stats)
-        yield Solved(name, _packed(name, q), value, loss, log)
+        value, plain = q.dequantize(), weight / scale
+        rounded = weight_loss(plain, rtn(plain, None, grid).dequantize(), stats)
+        log = {"loss_rounded": rounded, "order": "columns scaled", "fallback": fallback or None}
+        yield Solved(name, _packed(name, q), value, weight_loss(plain, value / scale, stats), log)
 
 
 def _packed(name: str, q: Quantized, _: int = 4) -> dict[str, Tensor]:

@@ -72,7 +72,7 @@ def asked_of(match: re.Match[str], model: Model, choices: Choices) -> Asked:
     """The grid that a target's name (`NAME`) asks for; UsageError where no reader takes it or no shape fits it."""
     require_matches(choices.bits, linear(model))
     bits, asked = int(match["bits"] or 4), int(match["group"]) if match["group"] else None
-    if bits not in BITS or (asked and asked not in GROUPS):
+    if bits not in BITS or (asked is not None and asked not in GROUPS):
         raise UsageError(
             "no reader takes this", where=match[0], hint=f"bits are {BITS}, groups are {GROUPS}, as in gptq-4bit-64g"
         )
@@ -97,7 +97,8 @@ def source_grid(model: Model, ref: Ref) -> tuple[int, int] | None:
         return (own["bits"], own["group_size"]) if own["group_size"] > 0 else None
     if ref.type.startswith("CT"):
         weights = compressed_settings(config, module)
-        return (weights["num_bits"], weights["group_size"]) if weights["symmetric"] and weights["group_size"] else None
+        group = weights.get("group_size") or 0
+        return (weights["num_bits"], group) if weights.get("symmetric", True) and group > 0 else None
     return None
 
 

@@ -1,0 +1,94 @@
+"""What cannot be done is one line and a status of its own, and what was there stands."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from test_convert import made, options, quantkit, source, text  # noqa: F401 (fixtures)
+from toy import toy_model, write_toy
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (["convert", "{missing}", "-o", "{out}", "--to", "fp16"], 65, "no such file or folder"),
+        (["convert", "{empty}", "-o", "{out}", "--to", "fp16"], 65, "no model in this folder"),
+        (["convert", "{truncated}", "-o", "{out}", "--to", "fp16"], 65, "truncated"),
+        (["convert", "{mamba}", "-o", "{out}", "--to", "fp16"], 65, "architecture 'mamba' is not supported"),
+        (["convert", "{source}", "-o", "{out}", "--to", "int5"], 2, "unknown target 'int5'"),
+        (["convert", "{source}", "-o", "{out}"], 2, "--to: field required"),
+        (["convert", "{source}", "-o", "{out}", "--to", "fp16", "--to", "FP16"], 2, "named twice"),
+        (["convert", "{source}", "-o", "{out}", "--to", "gptq-4bit-512g"], 2, "no multiple of 512; use group size 128"),
+        (["convert", "{source}", "-o", "{out}", "--to", "awq-3bit-64g"], 2, "AWQ GEMM is 4-bit"),
+        (["convert", "{source}", "-o", "{out}", "--to", "gptq-4bit-0g"], 2, "no reader takes this"),
+        (["convert", "{source}", "-o", "{out}", "--target-bpw", "inf"], 2, "--target-bpw"),
+        (["convert", "{source}", "-o", "{out}", "--target-bpw", "0"], 2, "--target-bpw: input should be greater"),
+        (["convert", "{source}", "-o", "{full}", "--to", "fp16"], 2, "not empty: it holds mine.txt"),
+        (["convert", "{source}", "-o", "{full}/mine.txt/x", "--to", "fp16"], 2, "mine.txt"),
+        (["inspect", "{pipe}"], 65, "not a regular file"),
+        (["inspect", "{pickled}"], 65, "pickled weights (.bin) are not read"),
+        (["imatrix", "{source}", "-o", "{full}/none/x.gguf"], 2, "there is no such folder to write in"),
+        (["imatrix", "{source}", "-o", "{full}/mine.txt"], 2, "it exists already"),
+        (["convert", "{source}", "-o", "{out}", "--to", "gptq", "--calibration", "{text}"], 2, "the same text"),
+        (["convert", "{source}", "-o", "{out}", "--to", "gptq", "--device", "cuda:9"], 2, "has no cuda:9"),
+        (["perplexity", "{source}", "--text", "{missing}"], 65, "no such text file"),
+        (["perplexity", "{source}", "--text", "{short}"], 65, "tokens"),
+        (["inspect", "{truncated}"], 65, "truncated"),
+        (["--bogus"], 2, "No such option"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(args, code, says, source, text, tmp_path):  # noqa: F811
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(source.read_bytes()[:-1000])
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "pytorch_model.bin").touch()
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (pickled / "config.json").write_text(json.dumps(config))
+    (tmp_path / "short.txt").write_text("the rest")
+    places = {
+        "missing": tmp_path / "nothing.gguf",
+        "empty": tmp_path / "empty",
+        "truncated": cut,
+        "mamba": write_toy(tmp_path / "mamba.gguf", toy_model(), arch="mamba"),
+        "source": source,
+        "out": tmp_path / "out",
+        "full": full,
+        "pipe": tmp_path / "pipe",
+        "pickled": pickled,
+        "text": text / "evaluation.txt",
+        "short": tmp_path / "short.txt",
+    }
+    status, stdout, stderr = quantkit(
+        *(a.format(**places) for a in args), *(["--eval-text", places["text"]] if args[0] == "convert" else [])
+    )
+    assert (status, stdout) == (code, "")
+    assert says in stderr and len(stderr.strip().splitlines()) == 1, stderr
+    assert not (tmp_path / "out").exists() and [p.name for p in full.iterdir()] == ["mine.txt"]
+
+
+def test_capitals_tell_two_targets_apart(source, tmp_path):  # noqa: F811
+    code, _, stderr = quantkit("convert", source, "-o", tmp_path / "out", "--to", "BF16", "--to", "bf16", "--no-eval")
+    assert code == 0 and (tmp_path / "out" / "bf16" / "config.json").is_file(), stderr
+
+
+def test_a_source_is_not_replaced_by_what_is_made_of_it(made):  # noqa: F811
+    folder = made[0] / "fp16"
+    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    code, _, stderr = quantkit("convert", folder, "-o", made[0], "--to", "fp16", "--no-eval", "--force")
+    assert code == 2 and "is the source itself" in stderr
+    assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
+
+
+def test_a_cache_folder_that_cannot_be_made_costs_nothing_but_time(source, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    code, _, stderr = quantkit("convert", source, "-o", tmp_path / "out", "--to", "fp16", "--no-eval")
+    assert code == 0 and (tmp_path / "out" / "report.json").is_file(), stderr
