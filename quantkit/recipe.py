@@ -174,8 +174,8 @@ def _said(fault: ErrorDetails, recipe: str | None) -> str:
     """
     ours = fault["msg"].removeprefix("Value error, ")
     said = ours if fault["type"] == "value_error" else ours.lower()
-    place = ".".join(map(str, fault["loc"]))
-    return f"{place if recipe else '--' + place.replace('_', '-')}: {said}"
+    option = "--" + str(fault["loc"][0]).replace("_", "-")
+    return f"{'.'.join(map(str, fault['loc'])) if recipe else option}: {said}"
 
 
 def _read(name: str) -> Any:

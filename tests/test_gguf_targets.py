@@ -130,11 +130,11 @@ def test_experts_are_weighed_each_by_its_own_matrix():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--to", "Q4_K_M", "--output-type", "Q9_K"], "output_type: no tensor type 'Q9_K'; known: "),
-        (["--to", "Q4_K_M", "--tensor-type", "attn_v"], "tensor_type.0: 'attn_v' is not REGEX=TYPE"),
+        (["--to", "Q4_K_M", "--output-type", "Q9_K"], "--output-type: no tensor type 'Q9_K'; known: "),
+        (["--to", "Q4_K_M", "--tensor-type", "attn_v"], "--tensor-type: 'attn_v' is not REGEX=TYPE"),
         (["--to", "Q4_K_M", "--tensor-type", "attn_(=Q8_0"], "'attn_(' is no regular expression"),
-        (["--to", "Q4_K_M", "--split-max-size", "2T"], "split_max_size: '2T' is no size such as 2G"),
-        (["--to", "Q4_K_M", "--split-max-size", "0G"], "split_max_size: '0G' is no size"),
+        (["--to", "Q4_K_M", "--split-max-size", "2T"], "--split-max-size: '2T' is no size such as 2G"),
+        (["--to", "Q4_K_M", "--split-max-size", "0G"], "--split-max-size: '0G' is no size"),
         (["--to", "IQ2_XS", "--no-calibration"], "IQ2_XS in IQ2_XS needs an importance matrix"),
         (["--to", "Q2_K_S", "--no-calibration"], "Q2_K in Q2_K_S needs an importance matrix"),
         (["--to", "IQ2_XS", "--imatrix", "{partly}"], "partly.gguf has no entry for it"),

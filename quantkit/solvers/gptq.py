@@ -93,10 +93,10 @@ def gptq(weight: Tensor, stats: Stats, grid: Grid, damp: float = DAMP, polishing
     weight, hessian = weight.float(), stats.hessian
     if not bool(hessian.any()):
         return _rounded(weight, hessian, grid, 0.0, "no calibration token reached it")
+    goal = aim(weight, stats, hessian)
     lower, damp = damped_factor(hessian, damp)
     if lower is None:
         return _rounded(weight, hessian, grid, damp, "its statistics have no Cholesky factor")
-    goal = aim(weight, stats)
     order = group_aware_order(_seen(hessian), grid.group)
     inverse = torch.cholesky_inverse(lower)
     del lower  # a wide layer has room for few of these
@@ -155,7 +155,7 @@ def _taken(q: Quantized | None, weight: Tensor, hessian: Tensor) -> Tensor:
     return out
 
 
-def aim(weight: Tensor, stats: Stats) -> Tensor:
+def aim(weight: Tensor, stats: Stats, hessian: Tensor) -> Tensor:
     """The weight A (N, K) to round in place of `weight`: of least |y - A x|, y what the layer is to give.
 
     That is W x~ of the source's activations x~, or where the outcome is added to the residual stream, what the source's
@@ -169,7 +169,7 @@ def aim(weight: Tensor, stats: Stats) -> Tensor:
         missed = weight @ stats.drift
     else:
         return weight
-    lower, _ = damped_factor(stats.hessian, AIM_DAMP)
+    lower, _ = damped_factor(hessian, AIM_DAMP)
     if lower is None:
         return weight
     return weight + torch.cholesky_solve(missed.mul_(2 / stats.rows).T, lower).T

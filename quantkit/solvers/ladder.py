@@ -79,7 +79,7 @@ def ladder_gptq(weight: Tensor, stats: Stats, codec: Codec, damp: float = DAMP) 
     if lower is None:
         return _by_ggml(weight, stats, codec, damp, "its statistics have no Cholesky factor")
     inverse = torch.cholesky_inverse(lower)
-    goal = aim(weight, stats)
+    goal = aim(weight, stats, hessian)
     by_ggml = _by_ggml(goal, stats, codec, damp, "solving did no better")
     found = _solved(goal, hessian.diagonal(), lower @ lower.T, inverse, codec)
     if found is None:
