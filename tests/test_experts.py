@@ -17,7 +17,6 @@ from quantkit.codecs.grid import Grid
 from quantkit.files.imatrix import read_imatrix
 from quantkit.model import open_model
 from quantkit.solvers.rtn import rtn
-from quantkit.targets import folder
 from quantkit.targets.folder import linear
 
 NAMES = {
@@ -34,7 +33,7 @@ def made(request, families, tmp_path_factory) -> tuple[str, Path, dict]:
     (out / "words.txt").write_text("the rest is noise and so on " * 200)
     options = ("--calibration", out / "words.txt", "--samples", 16, "--seqlen", 128, "--no-eval", "--json")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folder, "SCARCE", 0.3)
+        patch.setattr("quantkit.targets.folder.SCARCE", 0.3)
         to = [option for t in TARGETS for option in ("--to", t)]
         code, stdout, stderr = quantkit("convert", families / request.param, "-o", out / "made", *to, *options)
     assert code == 0, stderr

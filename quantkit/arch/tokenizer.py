@@ -82,7 +82,7 @@ def named_id(backend: tokenizers.Tokenizer, config: Mapping[str, Any], name: str
     """The id of `bos_token` and its like, given as a text or as the record of an added token."""
     token = config.get(name)
     text = token.get("content") if isinstance(token, dict) else token
-    return None if text is None else backend.token_to_id(text)
+    return backend.token_to_id(text) if isinstance(text, str) else None
 
 
 def _template(config: Mapping[str, Any]) -> str | None:
