@@ -70,6 +70,7 @@ def main() -> None:
 
 
 def _interrupt(number: int, _: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one would end the removal of what is half-written
     raise Interrupted(number)
 
 

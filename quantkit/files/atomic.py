@@ -92,7 +92,10 @@ def _hidden(path: Path, why: str) -> Path:
 
 
 def _host() -> str:
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+    """Where a process id means something: a machine, and on Linux its containers each by themselves."""
+    namespace = Path("/proc/self/ns/pid")
+    place = socket.gethostname() + (os.readlink(namespace) if namespace.is_symlink() else "")
+    return hashlib.sha256(place.encode()).hexdigest()[:6]
 
 
 def abandoned(path: Path) -> bool:
