@@ -30,7 +30,7 @@ from quantkit.solvers.rtn import rtn, weighted
 from quantkit.stats import Stats, errors, told
 
 DAMP = 0.3  # of the mean diagonal, added to the diagonal: with less, codes fit the calibration text only
-AIM_DAMP = 1.0  # the same for `aim`, which has a weight for every one of its numbers to fit
+AIM_DAMP = 1.0  # the same for `aim`, which fits as many numbers to that text as the weight has
 MOST_DAMP = 10.0  # no factor with this much on the diagonal: the statistics are of no use
 POLISH = 2  # times that all groups are reconsidered
 LEAST = 4096  # rows to a thread: two that take smaller steps wait for the interpreter more than they work
@@ -160,8 +160,8 @@ def aim(weight: Tensor, stats: Stats, hessian: Tensor) -> Tensor:
 
     That is W x~ of the source's activations x~, or where the outcome is added to the residual stream, what the source's
     stream has behind the layer, less what the quantized one has before it: then A makes up, as far as x tells, for what
-    went wrong in the stream as well. A = W + (sum of (y - W x)^T x) (sum of x^T x)^-1, the latter damped by `AIM_DAMP`;
-    W itself where no damping gives an inverse.
+    went wrong in the stream as well. A = W + (sum of (y - W x)^T x) (sum of x^T x)^-1, the latter as `hessian` (K, K)
+    damped by `AIM_DAMP`; W itself where no damping gives an inverse.
     """
     if stats.wanted is not None:
         missed = stats.wanted - weight @ stats.gram
