@@ -111,11 +111,13 @@ def sweep(folder: Path) -> None:
 
 
 def _alive(process: int) -> bool:
+    if os.name == "nt":
+        return True  # to ask is to end it there
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it is somebody else's
+    except PermissionError:  # it is somebody else's
         return True
     return True
 
