@@ -75,11 +75,6 @@ class Stats:
         return self if self.wanted is None else replace(self, wanted=self.wanted[outputs])
 
     @property
-    def hessian(self) -> Tensor:
-        """2/rows * gram, the Hessian of the layer's squared error (IST-DASLab `gptq.py`)."""
-        return self.gram * (2 / max(self.rows, 1))
-
-    @property
     def importance(self) -> Tensor:
         """Mean of x^2 per column, (K,): llama.cpp's importance matrix; without rows all columns count alike."""
         return self.gram.diagonal() / self.rows if self.rows else torch.ones_like(self.absum)

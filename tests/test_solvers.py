@@ -9,7 +9,8 @@ from quantkit.codecs.grid import Grid, Quantized
 from quantkit.errors import BadInput
 from quantkit.solvers import gptq as solver
 from quantkit.solvers.awq import awq_round, awq_scale, compensated
-from quantkit.solvers.gptq import damped_factor, group_aware_order
+from quantkit.solvers.damping import damped_factor, inverse_factor
+from quantkit.solvers.gptq import group_aware_order
 from quantkit.solvers.rtn import rtn
 from quantkit.stats import Stats, error, errors
 
@@ -101,10 +102,18 @@ def test_few_rows_give_a_singular_hessian_and_still_an_answer():
 
 
 def test_the_factor_is_that_of_the_damped_hessian():
-    h = correlated().hessian
+    h = correlated().gram
     lower, damp = damped_factor(h, 0.01)
     assert damp == 0.01
     assert torch.allclose(lower @ lower.T, h + 0.01 * h.diagonal().mean() * torch.eye(K), rtol=1e-4)
+
+
+def test_the_factor_of_the_inverse_is_that_in_the_order_of_the_columns():
+    h, order = correlated().gram, torch.randperm(K, generator=torch.Generator().manual_seed(8))
+    upper, damp = inverse_factor(h, 0.01, order)
+    damped = (h + 0.01 * h.diagonal().mean() * torch.eye(K))[order][:, order]
+    assert damp == 0.01 and torch.equal(upper, upper.triu())
+    assert torch.allclose(upper.T @ upper @ damped, torch.eye(K), atol=1e-4)
 
 
 def test_damping_is_the_least_that_gives_a_factor_and_is_reported():
@@ -140,7 +149,7 @@ def test_all_zero_statistics_round_and_report():
 def test_polishing_never_lets_the_damped_error_grow(bits, symmetric):
     """Of no row, in no pass, whatever codes it begins with; and it gains."""
     w, grid = weight(), Grid(bits, G, symmetric)
-    lower, _ = damped_factor(correlated().hessian, 0.05)
+    lower, _ = damped_factor(correlated().gram, 0.05)
     damped, q = lower @ lower.T, rtn(w, None, grid)
     made = [errors(q.dequantize() - w, damped)]
     for _ in range(4):

@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 
 from quantkit.later import Device, Tensor, on_cpu, torch, torch_is_there
 
+P = TypeVar("P")
 T = TypeVar("T")
 Rows = Callable[[slice], Tensor]  # rows of a matrix (rows, width), read or computed when they are asked for
 
@@ -54,7 +55,7 @@ def one_each(rows: int, device: Device = "cpu", least: int = 1) -> list[slice]:
     return [slice(at, min(rows, at + step)) for at in range(0, rows, step)]
 
 
-def share_out(work: Callable[[slice], T], parts: Sequence[slice], device: Device = "cpu") -> list[T]:
+def share_out(work: Callable[[P], T], parts: Sequence[P], device: Device = "cpu") -> list[T]:
     """What `work` returns for each of `parts`, in order; on the CPU by as many threads as torch uses.
 
     Work that shares out in its turn does its parts itself: waiting for its own pool, it would wait for ever.

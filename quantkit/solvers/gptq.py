@@ -25,13 +25,13 @@ from quantkit.codecs.grid import Grid, Quantized
 from quantkit.codecs.sharing import one_each, one_thread, share_out
 from quantkit.errors import BadInput
 from quantkit.later import Tensor, torch
+from quantkit.solvers.damping import damped_factor, inverse_factor, seen, with_damping
 from quantkit.solvers.replay import replayed
 from quantkit.solvers.rtn import rtn, weighted
 from quantkit.stats import Stats, errors, told
 
 DAMP = 0.3  # of the mean diagonal, added to the diagonal: with less, codes fit the calibration text only
 AIM_DAMP = 1.0  # the same for `aim`, which fits as many numbers to that text as the weight has
-MOST_DAMP = 10.0  # no factor with this much on the diagonal: the statistics are of no use
 POLISH = 2  # times that all groups are reconsidered
 LEAST = 4096  # rows to a thread: two that take smaller steps wait for the interpreter more than they work
 CHUNK = 16  # columns that are updated one by one; those behind them are by one product
@@ -90,31 +90,18 @@ def gptq(weight: Tensor, stats: Stats, grid: Grid, damp: float = DAMP, polishing
     BadInput where the statistics are not finite.
     """
     require_finite(stats)
-    weight, hessian = weight.float(), stats.hessian
-    if not bool(hessian.any()):
-        return _rounded(weight, hessian, grid, 0.0, "no calibration token reached it")
-    goal = aim(weight, stats, hessian)
-    lower, damp = damped_factor(hessian, damp)
-    if lower is None:
-        return _rounded(weight, hessian, grid, damp, "its statistics have no Cholesky factor")
-    order = group_aware_order(_seen(hessian), grid.group)
-    inverse = torch.cholesky_inverse(lower)
-    del lower  # a wide layer has room for few of these
-    upper, failed = torch.linalg.cholesky_ex(inverse[order[:, None], order], upper=True)
-    del inverse
-    if failed:
-        return _rounded(goal, hessian, grid, damp, "its inverse has no Cholesky factor")
-    damped = _damped(hessian, damp)
-
-    def solved(rows: slice) -> Quantized:
-        found = _greedy(goal[rows], _seen(hessian)[order], order, upper, grid)
-        return polish(goal[rows], damped, found, grid, polishing)
-
-    found = Quantized.stacked(share_out(solved, one_each(len(goal), goal.device, LEAST), goal.device))
-    by_rounding = _rounded(goal, hessian, grid, damp, "solving did worse")
-    made = _taken(found, goal, hessian)
+    weight, gram = weight.float(), stats.gram
+    if not bool(gram.any()):
+        return _rounded(weight, gram, grid, 0.0, "no calibration token reached it")
+    goal = aim(weight, stats)
+    found, damp = _compensated(goal, gram, grid, damp)
+    if found is None:
+        return _rounded(goal, gram, grid, damp, "its statistics have no Cholesky factor")
+    best = _reconsidered(goal, gram, damp, found, grid, polishing)
+    by_rounding = _rounded(goal, gram, grid, damp, "solving did worse")
+    made = _taken(best, goal, gram)
     better = bool(made.sum() <= by_rounding.errors.sum())
-    return replace(by_rounding, quantized=found, errors=made, fallback="") if better else by_rounding
+    return replace(by_rounding, quantized=best, errors=made, fallback="") if better else by_rounding
 
 
 def by_activation(weight: Tensor, stats: Stats, grid: Grid) -> Solution[Quantized]:
@@ -128,9 +115,9 @@ def by_activation(weight: Tensor, stats: Stats, grid: Grid) -> Solution[Quantize
 
 def rounding(weight: Tensor, stats: Stats, grid: Grid, why: str) -> Solution[Quantized]:
     """`weight` rounded to nearest, its ranges searched under importance: where `why` speaks against solving."""
-    found = _rounded(weight.float(), stats.hessian, grid, 0.0, why)
+    found = _rounded(weight.float(), stats.gram, grid, 0.0, why)
     q = weighted(weight, stats, grid)
-    return replace(found, quantized=q, errors=_taken(q, weight, stats.hessian), order="none")
+    return replace(found, quantized=q, errors=_taken(q, weight, stats.gram), order="none")
 
 
 def require_finite(stats: Stats, where: str | None = None) -> None:
@@ -140,45 +127,61 @@ def require_finite(stats: Stats, where: str | None = None) -> None:
         raise BadInput("the calibration statistics are not finite", where=where, hint=hint)
 
 
-def _rounded(weight: Tensor, hessian: Tensor, grid: Grid, damp: float, why: str) -> Solution[Quantized]:
+def _rounded(weight: Tensor, gram: Tensor, grid: Grid, damp: float, why: str) -> Solution[Quantized]:
     q = rtn(weight, None, grid)
-    made = _taken(q, weight, hessian)
-    return Solution(q, made, made, _taken(None, weight, hessian), damp, why)
+    made = _taken(q, weight, gram)
+    return Solution(q, made, made, _taken(None, weight, gram), damp, why)
 
 
-def _taken(q: Quantized | None, weight: Tensor, hessian: Tensor) -> Tensor:
+def _taken(q: Quantized | None, weight: Tensor, gram: Tensor) -> Tensor:
     """The errors (N,) of what a weight became, or of leaving it out, in the rows that are told of."""
     some = told(len(weight))
     value = weight if q is None else weight - q.dequantize()
     out = weight.new_zeros(len(weight))
-    out[some] = errors(value[some], hessian)
+    out[some] = errors(value[some], gram)
     return out
 
 
-def aim(weight: Tensor, stats: Stats, hessian: Tensor) -> Tensor:
+def aim(weight: Tensor, stats: Stats) -> Tensor:
     """The weight A (N, K) to round in place of `weight`: of least |y - A x|, y what the layer is to give.
 
     That is W x~ of the source's activations x~, or where the outcome is added to the residual stream, what the source's
     stream has behind the layer, less what the quantized one has before it: then A makes up, as far as x tells, for what
-    went wrong in the stream as well. A = W + (sum of (y - W x)^T x) (sum of x^T x)^-1, the latter as `hessian` (K, K)
-    damped by `AIM_DAMP`; W itself where no damping gives an inverse.
+    went wrong in the stream as well. A = W + (sum of (y - W x)^T x) (sum of x^T x)^-1, the latter damped by `AIM_DAMP`;
+    W itself where no damping gives an inverse.
     """
     if stats.wanted is not None:
-        missed = stats.wanted - weight @ stats.gram
+        missed = torch.addmm(stats.wanted, weight, stats.gram, alpha=-1)
     elif stats.drift is not None:
         missed = weight @ stats.drift
     else:
         return weight
-    lower, _ = damped_factor(hessian, AIM_DAMP)
+    lower, _ = damped_factor(stats.gram, AIM_DAMP)
     if lower is None:
         return weight
-    return weight + torch.cholesky_solve(missed.mul_(2 / stats.rows).T, lower).T
+    for factor, upper in ((lower, False), (lower.T, True)):
+        torch.linalg.solve_triangular(factor, missed.T, upper=upper, out=missed.T)
+    return missed.add_(weight)
 
 
-def _seen(hessian: Tensor) -> Tensor:
-    """The importance of each column (K,): unseen is not worthless, but an average one."""
-    diagonal = hessian.diagonal()
-    return torch.where(diagonal == 0, diagonal.mean(), diagonal)
+def _compensated(goal: Tensor, gram: Tensor, grid: Grid, damp: float) -> tuple[Quantized | None, float]:
+    """`goal` rounded greedily, and the damping that took; None where none was enough."""
+    order = group_aware_order(seen(gram), grid.group)
+    upper, damp = inverse_factor(gram, damp, order)
+    if upper is None:
+        return None, damp
+    importance = seen(gram)[order]
+    parts = one_each(len(goal), goal.device, LEAST)
+    found = share_out(lambda rows: _greedy(goal[rows], importance, order, upper, grid), parts, goal.device)
+    return Quantized.stacked(found), damp
+
+
+def _reconsidered(goal: Tensor, gram: Tensor, damp: float, q: Quantized, grid: Grid, passes: int) -> Quantized:
+    """`q` polished. The factor of `_compensated` is gone by now: a wide layer has room for few of its size."""
+    damped, parts = with_damping(gram, damp), one_each(len(goal), goal.device, LEAST)
+    cut = list(zip(parts, q.rows([part.stop - part.start for part in parts]), strict=True))
+    found = share_out(lambda part: polish(goal[part[0]], damped, part[1], grid, passes), cut, goal.device)
+    return Quantized.stacked(found)
 
 
 def _greedy(weight: Tensor, importance: Tensor, order: Tensor, upper: Tensor, grid: Grid) -> Quantized:
@@ -231,7 +234,7 @@ def polish(weight: Tensor, hessian: Tensor, q: Quantized, grid: Grid, passes: in
         return q
     g = grid.group
     left = hessian @ (weight - q.dequantize()).T  # (K, N): minus half the gradient
-    codes, scales, zeros = (t.T.float().contiguous() for t in (q.codes, q.scales, q.zeros))
+    codes, scales, zeros = (t.T.contiguous().float() for t in (q.codes, q.scales, q.zeros))
     better = replayed(partial(_reconsider, grid), codes[:g], left[:g], hessian[:g, :g], scales[0], scales[0])
     for start in list(range(0, len(codes), g)) * passes:
         block, i = slice(start, start + g), start // g
@@ -275,39 +278,3 @@ def group_aware_order(importance: Tensor, group: int) -> Tensor:
     inside = rows.argsort(dim=1, descending=True, stable=True)
     first = rows.amax(1).argsort(dim=0, descending=True, stable=True)
     return (inside + torch.arange(len(rows), device=rows.device)[:, None] * group)[first].flatten()
-
-
-def damped_factor(hessian: Tensor, damp: float) -> tuple[Tensor | None, float]:
-    """The lower Cholesky factor of `hessian` (K, K) with `damp` of its mean diagonal added, and the share it took.
-
-    Where there is no factor, damping is raised tenfold until there is one, and then halved again in the exponent as far
-    as there still is; None past `MOST_DAMP`.
-    """
-    lower = _factor(hessian, damp)
-    low = damp
-    while lower is None and damp < MOST_DAMP:
-        low, damp = damp, max(10 * damp, 1e-4)
-        lower = _factor(hessian, damp)
-    if lower is None or low == damp:
-        return lower, damp
-    for _ in range(3):
-        middle = (max(low, 1e-5) * damp) ** 0.5
-        if (better := _factor(hessian, middle)) is None:
-            low = middle
-        else:
-            lower, damp = better, middle
-    return lower, damp
-
-
-def _factor(hessian: Tensor, damp: float) -> Tensor | None:
-    lower, failed = torch.linalg.cholesky_ex(_damped(hessian, damp))
-    return None if failed else lower
-
-
-def _damped(hessian: Tensor, damp: float) -> Tensor:
-    """With `damp` of its mean diagonal added to the diagonal, and all of it where a column was not seen."""
-    diagonal = hessian.diagonal()
-    damped = hessian.clone()
-    damped.diagonal().add_(damp * diagonal.mean())
-    damped.diagonal()[diagonal == 0] = diagonal.mean()
-    return damped

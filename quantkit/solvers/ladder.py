@@ -21,7 +21,8 @@ from quantkit.codecs import Codec, decode, encode
 from quantkit.codecs.parts import Ladder, Parts
 from quantkit.codecs.sharing import one_each, share_out
 from quantkit.later import Tensor, torch
-from quantkit.solvers.gptq import Solution, aim, damped_factor, group_aware_order, require_finite
+from quantkit.solvers.damping import inverse_factor, seen, with_damping
+from quantkit.solvers.gptq import Solution, aim, group_aware_order, require_finite
 from quantkit.stats import Stats, errors
 
 DAMP = 0.15  # of the mean diagonal, added to the diagonal
@@ -72,36 +73,28 @@ def ladder_gptq(weight: Tensor, stats: Stats, codec: Codec, damp: float = DAMP) 
     H has no Cholesky factor, it is that encoding. BadInput where the statistics are not finite.
     """
     require_finite(stats)
-    weight, hessian = weight.float(), stats.hessian
-    if not bool(hessian.any()):
+    weight, gram = weight.float(), stats.gram
+    if not bool(gram.any()):
         return _by_ggml(weight, stats, codec, 0.0, "no calibration token reached it")
-    lower, damp = damped_factor(hessian, damp)
-    if lower is None:
+    order = group_aware_order(seen(gram), codec.block)
+    upper, damp = inverse_factor(gram, damp, order)
+    if upper is None:
         return _by_ggml(weight, stats, codec, damp, "its statistics have no Cholesky factor")
-    inverse = torch.cholesky_inverse(lower)
-    goal = aim(weight, stats, hessian)
+    goal, damped = aim(weight, stats), with_damping(gram, damp)
     by_ggml = _by_ggml(goal, stats, codec, damp, "solving did no better")
-    found = _solved(goal, hessian.diagonal(), lower @ lower.T, inverse, codec)
-    if found is None:
-        return replace(by_ggml, fallback="its inverse has no Cholesky factor")
-    made = errors(found.dequantize() - goal, hessian)
+    found = _solved(goal, seen(gram), order, upper, damped, codec)
+    made = errors(found.dequantize() - goal, gram)
     better = bool(made.sum() < by_ggml.errors.sum())
     return replace(by_ggml, quantized=found, errors=made, fallback="") if better else by_ggml
 
 
 def _by_ggml(weight: Tensor, stats: Stats, codec: Codec, damp: float, why: str) -> Solution[Encoded]:
     encoded = Encoded(codec, encode(codec.name, weight, stats.importance))
-    made = errors(encoded.dequantize() - weight, stats.hessian)
-    return Solution(encoded, made, made, errors(weight, stats.hessian), damp, why)
+    made = errors(encoded.dequantize() - weight, stats.gram)
+    return Solution(encoded, made, made, errors(weight, stats.gram), damp, why)
 
 
-def _solved(goal: Tensor, diagonal: Tensor, damped: Tensor, inverse: Tensor, codec: Codec) -> Encoded | None:
-    importance = torch.where(diagonal == 0, diagonal.mean(), diagonal)  # unseen is not worthless: an average column
-    order = group_aware_order(importance, codec.block)
-    upper, failed = torch.linalg.cholesky_ex(inverse[order[:, None], order], upper=True)
-    if failed:
-        return None
-
+def _solved(goal: Tensor, importance: Tensor, order: Tensor, upper: Tensor, damped: Tensor, codec: Codec) -> Encoded:
     def solved(rows: slice) -> Tensor:
         blocks = _greedy(goal[rows], importance, order, upper, codec)
         missing = goal[rows] - torch.cat([b.values() for b in blocks]).T
