@@ -26,6 +26,7 @@ from quantkit.plan import Plan
 from quantkit.prefix import prefix
 from quantkit.product import Product, behind, each, finish, opened
 from quantkit.sensitivity import outer_statistics
+from quantkit.stats import Stats
 from quantkit.targets import Piece
 from quantkit.targets.gguf import IMATRIX_FILE
 from quantkit.walk import held, walk
@@ -120,17 +121,15 @@ def _solve(
     sums: Sums,
 ) -> Iterator[Event]:
     """Walk over the source once and write every output; what an importance matrix needs is left in `sums`."""
-    outer = list(model.outer().items())
+    outer = model.outer()
     total = len(outer) + model.layers
     stage = "calibrating and solving" if calibration is not None else "writing"
     yield Progress(stage, 0, total)
     known = {}
     if net and calibration is not None and any(p.output.outer for p in products):
         known = outer_statistics(net, calibration[:OUTER_ROWS], seed=0)
-    for done, (name, ref) in enumerate(outer):
-        weights = held({name: ref}, device) if calibration is not None else {}
-        stats = {name: known[name]} if name in known else {}
-        yield from each(products, Piece(model, {name: ref}, weights, stats, device))
+    for done, name in enumerate(outer):
+        yield from each(products, _outside(model, name, known, device, calibration is not None))
         yield Progress(stage, done + 1, total)
     states = embed(net, calibration) if net and calibration is not None else None
     rows: dict[str, States] = {}
@@ -149,6 +148,13 @@ def _solve(
                 yield from behind(p, net, step, rows[p.output.target], device)
         sums |= squares(step.layer, step.stats)
         yield Progress(stage, len(outer) + step.layer + 1, total)
+
+
+def _outside(model: Model, name: str, known: dict[str, Stats], device: Device, calibrated: bool) -> Piece:
+    """One tensor outside the blocks, with what is known of what it reads."""
+    refs = {name: model.tensors[name]}
+    stats = {name: known[name]} if name in known else {}
+    return Piece(model, refs, held(refs, device) if calibrated else {}, stats, device)
 
 
 def _own_rows(p: Product, net: Network, states: States, calibration: Tensor) -> States:

@@ -93,7 +93,7 @@ def _head(net: Network, hidden: Tensor, seed: int) -> tuple[Fisher, Tensor]:
     norm = net.filled(net.base.norm, {"weight": net.outer("model.norm.weight")}).requires_grad_(False)
     softcap = net.model.config.get("final_logit_softcapping")
     squares, stats = torch.zeros(len(head), device=net.device), Stats.zeros(head.shape[1], net.device)
-    draw = torch.Generator(net.device).manual_seed(seed)
+    draw = torch.Generator().manual_seed(seed)  # the same numbers on every device
     grads = []
     for rows in hidden.flatten(0, 1).split(max(1, HEAD_LOGITS // len(head))):
         x = rows.to(net.device).requires_grad_()
@@ -101,7 +101,7 @@ def _head(net: Network, hidden: Tensor, seed: int) -> tuple[Fisher, Tensor]:
         logits = (normed @ head.T).detach()
         capped = softcap * torch.tanh(logits / softcap) if softcap else logits
         slope = torch.softmax(capped, -1)
-        drawn = torch.multinomial(slope, 1, generator=draw)
+        drawn = _drawn(slope, torch.rand(len(slope), 1, generator=draw).to(net.device))
         slope.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=slope.dtype))
         if softcap:
             slope *= 1 - (capped / softcap) ** 2
@@ -111,6 +111,12 @@ def _head(net: Network, hidden: Tensor, seed: int) -> tuple[Fisher, Tensor]:
         grads.append(x.grad.cpu() if x.grad is not None else torch.zeros_like(rows))
     net.base.norm.to("meta")
     return Fisher(squares / stats.rows, stats), torch.cat(grads).view_as(hidden)
+
+
+def _drawn(chances: Tensor, u: Tensor) -> Tensor:
+    """A column of each row of `chances` (n, V), by numbers u (n, 1) that are even between 0 and 1."""
+    upto = chances.cumsum(-1)
+    return torch.searchsorted(upto, u * upto[:, -1:]).clamp_max(chances.shape[1] - 1)
 
 
 def _back(net: Network, states: States, grad: Tensor, layer: int, block: nn.Module) -> dict[str, Fisher]:

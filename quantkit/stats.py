@@ -6,7 +6,7 @@ scale are all read off it, and shards merge by addition.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from quantkit.later import Tensor, torch
 
@@ -59,20 +59,17 @@ class Stats:
 
     def permuted(self, order: Tensor) -> Stats:
         """The statistics of the columns in another order."""
-        drift = None if self.drift is None else self.drift[order][:, order]
+        places = order[:, None], order
+        drift = None if self.drift is None else self.drift[places]
         wanted = None if self.wanted is None else self.wanted[:, order]
-        return Stats(self.gram[order][:, order], self.absum[order], self.rows, drift, wanted)
+        return Stats(self.gram[places], self.absum[order], self.rows, drift, wanted)
 
     def scaled(self, factor: Tensor) -> Stats:
         """The statistics of the columns, each times its `factor` (K,)."""
-        both = factor[:, None] * factor
-        drift = None if self.drift is None else self.drift * both
+        rows = factor[:, None]
+        drift = None if self.drift is None else (self.drift * factor).mul_(rows)
         wanted = None if self.wanted is None else self.wanted * factor
-        return Stats(self.gram * both, self.absum * factor, self.rows, drift, wanted)
-
-    def of_outputs(self, outputs: slice) -> Stats:
-        """The statistics for some rows of the weight alone."""
-        return self if self.wanted is None else replace(self, wanted=self.wanted[outputs])
+        return Stats((self.gram * factor).mul_(rows), self.absum * factor, self.rows, drift, wanted)
 
     @property
     def importance(self) -> Tensor:

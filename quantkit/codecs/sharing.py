@@ -48,10 +48,13 @@ def slabs(rows: int, width: int, device: Device = "cpu", first: int = 0) -> list
     return [slice(at, min(end, at + step)) for at in range(first, end, step)]
 
 
-def one_each(rows: int, device: Device = "cpu", least: int = 1) -> list[slice]:
-    """`rows` rows cut once for each thread, into parts of `least` rows or more: for work of many small steps."""
+def one_each(rows: int, device: Device = "cpu", least: int = 1, most: int | None = None) -> list[slice]:
+    """`rows` rows cut once for each thread, into parts of `least` rows or more: for work of many small steps.
+
+    Into more parts where they would have over `most` rows.
+    """
     threads = thread_count() if on_cpu(device) else 1
-    step = -(-rows // max(1, min(threads, rows // least)))
+    step = min(-(-rows // max(1, min(threads, rows // least))), most or rows)
     return [slice(at, min(rows, at + step)) for at in range(0, rows, step)]
 
 

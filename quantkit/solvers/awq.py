@@ -69,8 +69,9 @@ def awq_round(weight: Tensor, stats: Stats, grid: Grid, scale: Tensor) -> Quanti
     """Round `weight` (N, K), already multiplied by `scale` (K,), with each group's range clipped where that helps."""
     g, n = grid.group, weight.shape[1] // grid.group
     inverse = 1 / scale  # the activations that reach a scaled weight are scaled down
-    gram = (stats.gram * inverse[:, None] * inverse).view(n, g, n, g)
-    own = torch.stack([gram[i, :, i] for i in range(n)])  # (G, g, g): each group's block on the diagonal
+    inside = inverse.view(n, g)
+    own = torch.stack([block[:, i] for i, block in enumerate(stats.gram.view(n, g, n, g))])  # (G, g, g)
+    own *= inside[:, :, None] * inside[:, None]
     parts = slabs(len(weight), weight.shape[1], weight.device)
     return Quantized.stacked(share_out(lambda rows: _clipped(weight[rows], own, grid), parts, weight.device))
 

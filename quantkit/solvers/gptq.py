@@ -99,7 +99,7 @@ def gptq(weight: Tensor, stats: Stats, grid: Grid, damp: float = DAMP, polishing
         return _rounded(goal, gram, grid, damp, "its statistics have no Cholesky factor")
     best = _reconsidered(goal, gram, damp, found, grid, polishing)
     by_rounding = _rounded(goal, gram, grid, damp, "solving did worse")
-    made = _taken(best, goal, gram)
+    made = taken(best, goal, gram)
     better = bool(made.sum() <= by_rounding.errors.sum())
     return replace(by_rounding, quantized=best, errors=made, fallback="") if better else by_rounding
 
@@ -117,7 +117,7 @@ def rounding(weight: Tensor, stats: Stats, grid: Grid, why: str) -> Solution[Qua
     """`weight` rounded to nearest, its ranges searched under importance: where `why` speaks against solving."""
     found = _rounded(weight.float(), stats.gram, grid, 0.0, why)
     q = weighted(weight, stats, grid)
-    return replace(found, quantized=q, errors=_taken(q, weight, stats.gram), order="none")
+    return replace(found, quantized=q, errors=taken(q, weight, stats.gram), order="none")
 
 
 def require_finite(stats: Stats, where: str | None = None) -> None:
@@ -129,11 +129,11 @@ def require_finite(stats: Stats, where: str | None = None) -> None:
 
 def _rounded(weight: Tensor, gram: Tensor, grid: Grid, damp: float, why: str) -> Solution[Quantized]:
     q = rtn(weight, None, grid)
-    made = _taken(q, weight, gram)
-    return Solution(q, made, made, _taken(None, weight, gram), damp, why)
+    made = taken(q, weight, gram)
+    return Solution(q, made, made, taken(None, weight, gram), damp, why)
 
 
-def _taken(q: Quantized | None, weight: Tensor, gram: Tensor) -> Tensor:
+def taken(q: Codes | None, weight: Tensor, gram: Tensor) -> Tensor:
     """The errors (N,) of what a weight became, or of leaving it out, in the rows that are told of."""
     some = told(len(weight))
     value = weight if q is None else weight - q.dequantize()

@@ -20,14 +20,15 @@ from dataclasses import dataclass, replace
 from quantkit.codecs import Codec, decode, encode
 from quantkit.codecs.parts import Ladder, Parts
 from quantkit.codecs.sharing import one_each, share_out
-from quantkit.later import Tensor, torch
+from quantkit.later import Tensor, on_cpu, torch
 from quantkit.solvers.damping import inverse_factor, seen, with_damping
-from quantkit.solvers.gptq import Solution, aim, group_aware_order, require_finite
-from quantkit.stats import Stats, errors
+from quantkit.solvers.gptq import Solution, aim, group_aware_order, require_finite, taken
+from quantkit.stats import Stats
 
 DAMP = 0.15  # of the mean diagonal, added to the diagonal
 OWN_ROUNDS = 2  # of `_descend` over a block before its errors are handed on
 ROUNDS = 2  # of `_descend` over all blocks
+SLAB, SLAB_ELSEWHERE = 1 << 24, 1 << 28  # weights that are solved at a time: an embedding has many rows
 CHUNK = 32  # columns that are updated one by one; those behind them are by one product
 
 
@@ -83,15 +84,15 @@ def ladder_gptq(weight: Tensor, stats: Stats, codec: Codec, damp: float = DAMP) 
     goal, damped = aim(weight, stats), with_damping(gram, damp)
     by_ggml = _by_ggml(goal, stats, codec, damp, "solving did no better")
     found = _solved(goal, seen(gram), order, upper, damped, codec)
-    made = errors(found.dequantize() - goal, gram)
+    made = taken(found, goal, gram)
     better = bool(made.sum() < by_ggml.errors.sum())
     return replace(by_ggml, quantized=found, errors=made, fallback="") if better else by_ggml
 
 
 def _by_ggml(weight: Tensor, stats: Stats, codec: Codec, damp: float, why: str) -> Solution[Encoded]:
     encoded = Encoded(codec, encode(codec.name, weight, stats.importance))
-    made = errors(encoded.dequantize() - weight, stats.gram)
-    return Solution(encoded, made, made, errors(weight, stats.gram), damp, why)
+    made = taken(encoded, weight, stats.gram)
+    return Solution(encoded, made, made, taken(None, weight, stats.gram), damp, why)
 
 
 def _solved(goal: Tensor, importance: Tensor, order: Tensor, upper: Tensor, damped: Tensor, codec: Codec) -> Encoded:
@@ -106,7 +107,9 @@ def _solved(goal: Tensor, importance: Tensor, order: Tensor, upper: Tensor, damp
                 left.addmm_(damped[own].T, moved, alpha=-1)
         return torch.cat([codec.join(b.ladder.write(b.parts())) for b in blocks], 1)
 
-    return Encoded(codec, torch.cat(share_out(solved, one_each(len(goal), goal.device), goal.device)))
+    most = max(1, (SLAB if on_cpu(goal.device) else SLAB_ELSEWHERE) // goal.shape[1])
+    parts = one_each(len(goal), goal.device, most=most)
+    return Encoded(codec, torch.cat(share_out(solved, parts, goal.device)))
 
 
 @dataclass

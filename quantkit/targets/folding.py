@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from quantkit.later import Tensor, torch
 from quantkit.stats import Stats
 from quantkit.targets.folder import scarce
-from quantkit.targets.target import Piece
+from quantkit.targets.target import Piece, stacked
 
 Search = Callable[[Tensor, Stats], Tensor]  # weights (N, K) that read an activation, its statistics -> its scales (K,)
 
@@ -48,7 +48,7 @@ def fold(piece: Piece, search: Search) -> Folded:
         searched = [weights[n] for n in names if not piece.refs[n].placed.weight.kept]
         if weights[maker].shape[0] != searched[0].shape[1] or scarce(piece, activation):
             continue
-        scale = search(torch.cat(searched), (piece.source or piece.stats)[activation])
+        scale = search(stacked(searched), (piece.source or piece.stats)[activation])
         for n in names:
             weights[n] = weights[n] * scale
             done.columns[n] = scale

@@ -10,18 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from quantkit.codecs import Codec, decode, lookup
+from quantkit.codecs import decode, lookup
 from quantkit.later import Tensor, torch
 from quantkit.solvers.gptq import Solution
 from quantkit.solvers.ladder import Encoded, ladder_gptq
 from quantkit.solvers.learned import Factors, Ranged
-from quantkit.stats import Stats
 from quantkit.targets.folder import readers_of
-from quantkit.targets.target import LEARNED, Piece, Row, Solved
+from quantkit.targets.target import LEARNED, Piece, Row, Solved, stacked
 
 OUTER = ("token_embd.weight", "output.weight")
 COMPENSATED = ("gptq", LEARNED)  # the solvers
-SLAB = 1 << 24  # weights that are solved at a time
 
 
 def solvable(name: str, kind: str, parts: int, experts: int) -> bool:
@@ -40,7 +38,7 @@ def compensated(piece: Piece, rows: Sequence[Row]) -> Iterator[Solved]:
                 kinds.setdefault(row.type, []).append(row)
         for kind, members in kinds.items():
             weights = [ordered(piece, row.source, piece.weights[row.source]) for row in members]
-            found = _in_slabs(torch.cat(weights), piece.stats[activation], lookup(kind))
+            found = ladder_gptq(stacked(weights), piece.stats[activation], lookup(kind))
             for row, s in zip(members, found.rows([len(w) for w in weights]), strict=True):
                 yield _done(piece, row, s.quantized, s)
 
@@ -59,20 +57,6 @@ def _done(piece: Piece, row: Row, encoded: Encoded, found: Solution[Encoded]) ->
     value = ordered(piece, row.source, encoded.dequantize(), back=True)
     parts = {row.name: encoded.raw.flatten()}
     return Solved(row.source, parts, value, found.loss, found.log, ranged=ranged)
-
-
-def _in_slabs(weight: Tensor, stats: Stats, codec: Codec) -> Solution[Encoded]:
-    """Solve a slab of rows at a time: rows do not influence one another, and an embedding has many."""
-    step = max(1, SLAB // weight.shape[1])
-    slabs = [slice(first, first + step) for first in range(0, len(weight), step)]
-    found = [ladder_gptq(weight[rows], stats.of_outputs(rows), codec) for rows in slabs]
-    return replace(
-        found[0],
-        quantized=Encoded(codec, torch.cat([f.quantized.raw for f in found])),
-        errors=torch.cat([f.errors for f in found]),
-        rounded=torch.cat([f.rounded for f in found]),
-        energy=torch.cat([f.energy for f in found]),
-    )
 
 
 def ordered(piece: Piece, name: str, weight: Tensor, back: bool = False) -> Tensor:

@@ -28,7 +28,7 @@ from quantkit.targets.folder import fitting_group, folder_output, linear, reader
 from quantkit.targets.folding import Folded, fold
 from quantkit.targets.layers import LayerRule, first_rule, require_matches
 from quantkit.targets.learned import learned, require_behind
-from quantkit.targets.target import LEARNED, Choices, Output, Piece, Solved
+from quantkit.targets.target import LEARNED, Choices, Output, Piece, Solved, stacked
 from quantkit.targets.unsolved import dense
 
 BITS = (2, 3, 4, 8)  # what transformers' GPTQConfig accepts
@@ -215,7 +215,7 @@ def solving(
     def solved(piece: Piece, activation: str, names: list[str], folded: Folded) -> Iterator[Solved]:
         if not names:
             return
-        weights, stats = torch.cat([folded.weights[n] for n in names]), piece.stats[activation]
+        weights, stats = stacked([folded.weights[n] for n in names]), piece.stats[activation]
         if scaled:
             stats = stats.scaled(1 / folded.column(names[0]))
         grid = asked.grid(names[0], weights.shape[1])

@@ -7,7 +7,7 @@ output knows every tensor and byte before any weight is read, and how to solve t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,6 +187,11 @@ class Family:
     usage: str
     pattern: re.Pattern[str]
     plan: Callable[[re.Match[str], Model, Calibration | None, Choices], Output]
+
+
+def stacked(weights: Sequence[Tensor]) -> Tensor:
+    """Matrices that read the same activation, one above the other; a single one is not copied."""
+    return torch.cat(tuple(weights)) if len(weights) > 1 else weights[0]
 
 
 def finite(name: str, weight: Tensor) -> Tensor:
