@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from quantkit.activations import widths
+from quantkit.activations import readers, widths
 from quantkit.codecs.sharing import BACKGROUND
 from quantkit.errors import UsageError
 from quantkit.evaluate import HEAD_LOGITS
@@ -129,10 +129,9 @@ def _batch(model: Model, recipe: Recipe, device: Device, outputs: tuple[Output, 
     limit = target_bytes(recipe.vram) if recipe.vram else None
     if limit and on_cpu(device):
         raise UsageError("limits a CUDA device, and this runs on the CPU", where="--vram", hint="leave it out")
-    calibrated, below = any(o.calibrated for o in outputs), any(o.behind for o in outputs)
     batch, least = BATCH_TOKENS, max(recipe.seqlen, recipe.ctx if recipe.eval_text else 0)
     learning = _learning_bytes(model, recipe) if any(o.lasting for o in outputs) else 0
-    while (working := learning + _working_bytes(model, recipe, calibrated, below, batch)) > (limit or working):
+    while (working := learning + _working_bytes(model, recipe, outputs, batch)) > (limit or working):
         if batch <= least:
             raise UsageError(
                 f"this takes about {working / 2**30:.2f} GiB on the device, more than {recipe.vram}",
@@ -156,19 +155,40 @@ def _batch_bytes(model: Model, tokens: int) -> int:
     return 4 * tokens * 4 * model.config["intermediate_size"]
 
 
-def _working_bytes(model: Model, recipe: Recipe, calibrated: bool, below: bool, batch: int) -> int:
+def _working_bytes(model: Model, recipe: Recipe, outputs: tuple[Output, ...], batch: int) -> int:
     """Weights, statistics and temporaries at the fullest moment: a block being solved, or the heads being scored.
 
-    `below`: behind an output's own blocks, where each activation's distance from the source's is summed as well.
+    Solvers hold two matrices of the size of the largest statistics beside those, or one, and six of the size of the
+    weights that read one activation (counted on a stand-in for a card, `tests/card.py`). Act-order and column scales
+    take one of each more, for statistics of their own.
     """
-    block = _block_bytes(model)
-    if calibrated:
-        grams = 4 * sum(k * k for k in widths(model))
-        block += grams * (2 if below else 1) + 4 * 4 * max(widths(model)) ** 2 + 2 * block
-    block += _batch_bytes(model, batch)
     heads = 3 * 4 * model.config["vocab_size"] * model.config["hidden_size"]  # two, and one as it is read
     scoring = heads + 8 * 4 * HEAD_LOGITS if recipe.eval_text else 0
-    return max(block, 5 * _largest(model), scoring)
+    block, solving = _block_bytes(model), 0
+    if any(o.calibrated for o in outputs):
+        below, scaled = any(o.behind for o in outputs), any(o.scaled for o in outputs)
+        own = scaled or any("-desc" in o.target for o in outputs)  # statistics of other columns than the block has
+        grams = 4 * sum(k * k for k in widths(model))
+        shared = scaled or any(o.calibrated and not o.behind for o in outputs)
+        inside = sum(4 * n * k if stream else 4 * k * k for n, k, stream in _readers(model))
+        statistics = grams * (below + shared) + (inside if below else 0)
+        most = max(
+            max((2 + own) * k * k + (3 + own) * n * k, (1 + own) * k * k + (6 + own) * n * k)
+            for n, k, _ in _readers(model)
+        )
+        folded = scaled or any(o.format == "awq" for o in outputs)
+        solving = block * (below + folded) + statistics + 4 * most
+    return max(block + solving + _batch_bytes(model, batch), 5 * _largest(model), scoring)
+
+
+def _readers(model: Model) -> list[tuple[int, int, bool]]:
+    """Of each activation of a block: outputs and inputs of its readers as one, whether these end in the stream."""
+    stream, paths = model.arch.residual(), readers(model)
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for ref in model.block(0).values():
+        if ref.placed.reads:
+            shapes.setdefault(ref.placed.reads, []).append(ref.shape)
+    return [(sum(s[0] for s in found), found[0][1], paths.get(a) in stream) for a, found in shapes.items()]
 
 
 def _state_bytes(model: Model, recipe: Recipe) -> int:

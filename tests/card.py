@@ -73,7 +73,9 @@ class OnCard(torch.Tensor):
         return self.own.tolist()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         return _call(func, args, kwargs or {})
 
 
