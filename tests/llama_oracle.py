@@ -6,7 +6,7 @@
 
 Only functions of llama.h and gguf.h are called. Parameter structs of llama.h are opaque bytes, passed back as llama.cpp
 filled them: they come last in every call used here, so a buffer larger than the struct is harmless on x86-64 and arm64.
-The defaults are what is wanted: 512 tokens of context, logits where asked, an f16 cache.
+The defaults are what is wanted: 512 tokens of context, logits where asked, an f16 cache, or an f32 one for `exact`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import ctypes as c
 import functools
 import importlib.util
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -115,9 +116,13 @@ def chat(template: str, messages: list[dict[str, str]], add_assistant: bool) -> 
 
 
 class Oracle:
-    """One model opened by llama.cpp; ValueError where it does not open. Without `context`, only its vocabulary."""
+    """One model opened by llama.cpp; ValueError where it does not open. Without `context`, only its vocabulary.
 
-    def __init__(self, path: str | os.PathLike[str], context: bool = True) -> None:
+    `exact` keeps keys and values in float32 and does without flash attention, which rounds to f16 whatever the cache.
+    By default logits move by some 1e-3 for that, differently on each processor, and near ties turn on it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], context: bool = True, exact: bool = False) -> None:
         self.lib = lib = library()
         self.model = self.context = None
         params = lib.llama_model_default_params()
@@ -130,7 +135,14 @@ class Oracle:
         self.vocab = lib.llama_model_get_vocab(self.model)
         self.n_vocab = lib.llama_vocab_n_tokens(self.vocab)
         if context:
-            self.context = lib.llama_init_from_model(self.model, lib.llama_context_default_params())
+            params = lib.llama_context_default_params()
+            if exact:
+                raw = bytes(params.bytes)
+                # type_k and type_v are the first two neighbours that are both 1, GGML_TYPE_F16; F32 is 0
+                struct.pack_into("<2i", params.bytes, raw.index(struct.pack("<2i", 1, 1)), 0, 0)
+                # flash_attn_type is the last of four that are -1, to be chosen; 0 is off
+                struct.pack_into("<i", params.bytes, raw.index(struct.pack("<4i", -1, -1, -1, -1)) + 12, 0)
+            self.context = lib.llama_init_from_model(self.model, params)
 
     def close(self) -> None:
         """Free the model; to be called once."""

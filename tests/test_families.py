@@ -44,25 +44,24 @@ def ours(path: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
 
 def theirs(path: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
     """llama.cpp's log-probabilities at the same positions."""
-    oracle = Oracle(path)
+    oracle = Oracle(path, exact=True)
     try:
         return torch.log_softmax(torch.from_numpy(oracle.logits(ids[0].tolist())), -1)[CTX // 2 : CTX - 1]
     finally:
         oracle.close()
 
 
-def agree(p: torch.Tensor, q: torch.Tensor) -> None:
-    """A mean KL divergence of at most 1e-4, and the same top wherever the two best are not as good as equal."""
+def agree(p: torch.Tensor, q: torch.Tensor, within: float = 1e-4) -> None:
+    """Log-probabilities that differ by what sums in another order do, or by `within` where llama.cpp rounds to f16."""
     kl = (p.exp() * (p - q)).sum(-1).mean().item()
-    first, second = p.topk(2).values.T
-    clear = first - second > 1e-3
-    same = (p.argmax(-1) == q.argmax(-1))[clear].double().mean().item()
-    assert kl <= 1e-4 and same == 1 and clear.double().mean() > 0.9, f"KL {kl:.2e}, same top {same:.4f}"
+    most = (p - q).abs().max().item()
+    assert kl <= 1e-6 and most <= within, f"KL {kl:.2e}, largest difference {most:.2e}"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_are_llama_cpps(families, name):
-    agree(theirs(families / f"{name}.gguf"), ours(families / f"{name}.gguf"))
+    within = 0.01 if name.startswith("gemma") else 1e-4  # ggml looks GELU up in a table of f16
+    agree(theirs(families / f"{name}.gguf"), ours(families / f"{name}.gguf"), within)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -163,7 +162,7 @@ def test_gemma_3_270m_is_llama_cpps(gemma3, tmp_path):
     words = "The sun had set when they came to the bridge, and nobody said a word. "
     ids = torch.tensor([open_model(path).tokenizer().encode("\u2581" + words * 8)[:CTX]])
     ids[0, 0] = 2
-    agree(theirs(path, ids), ours(path, ids))
+    agree(theirs(path, ids), ours(path, ids), within=0.1)  # beside F16 weights activations are F16 as well
 
 
 def test_tensors_that_a_family_has_not_are_refused(families, tmp_path):
