@@ -18,7 +18,7 @@ Sums = dict[tuple[int, str], tuple[Tensor, int]]  # by block and activation: sum
 
 def squares(layer: int, stats: Mapping[str, Stats]) -> Sums:
     """What an importance matrix keeps of the statistics of a block."""
-    return {(layer, name): (s.gram.diagonal().cpu().clone(), s.rows) for name, s in stats.items()}
+    return {(layer, name): (s.upper.diagonal().cpu().clone(), s.rows) for name, s in stats.items()}
 
 
 def imatrix_of(model: Model, sums: Mapping[tuple[int, str], tuple[Tensor, int]], text: str, rows: Tensor) -> Imatrix:

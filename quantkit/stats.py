@@ -7,22 +7,24 @@ scale are all read off it, and shards merge by addition.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from quantkit.later import Tensor, torch
 
 MANY, EVERY = 256, 4  # rows of a matrix that is not told of whole, and how far apart those are that are
-GRAM_BLOCK = 256  # columns, about: small beside the widths of models, large enough for full matmul speed
+PANEL = 256  # rows, about: small beside the widths of models, large enough for full matmul speed
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Sums over `rows` activation rows x of width K: `gram` sum of x^T x (K, K), `absum` sum of |x| (K,), float32.
+    """Sums over `rows` activation rows x of width K: `upper` sum of x^T x (K, K), `absum` sum of |x| (K,), float32.
 
+    Left of its diagonal blocks `upper` holds nothing of meaning, which saves nearly half of the products; see `gram`.
     Where x is what reaches a layer behind a quantized prefix, one of two says what the source had there: `drift`, the
     sum of (x~ - x)^T x for the source's rows x~, or `wanted` (N, K), the sum of y^T x for what the layer is to give, y.
     """
 
-    gram: Tensor
+    upper: Tensor
     absum: Tensor
     rows: int = 0
     drift: Tensor | None = None
@@ -41,13 +43,14 @@ class Stats:
         x = x.reshape(-1, x.shape[-1]).float()
         drift, y = self.drift, self.wanted
         if source is not None:
-            drift = torch.zeros_like(self.gram) if drift is None else drift
+            drift = torch.zeros_like(self.upper) if drift is None else drift
             drift.addmm_((source.reshape(x.shape).float() - x).T, x)
         if wanted is not None:
-            y = self.gram.new_zeros(wanted.shape[-1], x.shape[-1]) if y is None else y
+            y = self.upper.new_zeros(wanted.shape[-1], x.shape[-1]) if y is None else y
             y.addmm_(wanted.reshape(len(x), -1).float().T, x)
-        _add_gram(self.gram, x)
-        return Stats(self.gram, self.absum.add_(x.abs().sum(0)), self.rows + len(x), drift, y)
+        for part in _panels(len(self.upper)):
+            self.upper[part, part.start :].addmm_(x[:, part].T, x[:, part.start :])
+        return Stats(self.upper, self.absum.add_(x.abs().sum(0)), self.rows + len(x), drift, y)
 
     def merge(self, other: Stats) -> Stats:
         """The statistics of both sets of rows."""
@@ -55,7 +58,7 @@ class Stats:
             None if a is None or b is None else a + b
             for a, b in ((self.drift, other.drift), (self.wanted, other.wanted))
         )
-        return Stats(self.gram + other.gram, self.absum + other.absum, self.rows + other.rows, *aims)
+        return Stats(self.upper + other.upper, self.absum + other.absum, self.rows + other.rows, *aims)
 
     def permuted(self, order: Tensor) -> Stats:
         """The statistics of the columns in another order."""
@@ -71,10 +74,17 @@ class Stats:
         wanted = None if self.wanted is None else self.wanted * factor
         return Stats((self.gram * factor).mul_(rows), self.absum * factor, self.rows, drift, wanted)
 
+    @cached_property
+    def gram(self) -> Tensor:
+        """The sum of x^T x (K, K), whole: `upper`, with what it lacks copied into it."""
+        for part in _panels(len(self.upper)):
+            self.upper[part.stop :, part] = self.upper[part, part.stop :].T
+        return self.upper
+
     @property
     def importance(self) -> Tensor:
         """Mean of x^2 per column, (K,): llama.cpp's importance matrix; without rows all columns count alike."""
-        return self.gram.diagonal() / self.rows if self.rows else torch.ones_like(self.absum)
+        return self.upper.diagonal() / self.rows if self.rows else torch.ones_like(self.absum)
 
     @property
     def act_scale(self) -> Tensor:
@@ -82,13 +92,10 @@ class Stats:
         return self.absum / self.rows
 
 
-def _add_gram(gram: Tensor, x: Tensor) -> None:
-    """gram += x^T x in place. What lies over the diagonal blocks is copied from below them: almost half the work."""
-    step = -(-len(gram) // max(1, round(len(gram) / GRAM_BLOCK)))
-    for start in range(0, len(gram), step):
-        end = start + step
-        gram[start:, start:end].addmm_(x[:, start:].T, x[:, start:end])
-        gram[start:end, end:] = gram[end:, start:end].T
+def _panels(width: int) -> list[slice]:
+    """Rows of a Gram matrix, cut so that what lies left of each panel's diagonal block is not computed."""
+    step = -(-width // max(1, round(width / PANEL)))
+    return [slice(start, min(start + step, width)) for start in range(0, width, step)]
 
 
 def told(rows: int) -> slice:

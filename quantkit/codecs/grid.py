@@ -121,7 +121,7 @@ class Grid:
 
     def levels(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """The weights that codes stand for; the inverse of `codes` on the grid."""
-        return (codes - zero[..., None]) * scale[..., None]
+        return (codes - zero[..., None]).mul_(scale[..., None])
 
     def _ends(self, w: Tensor) -> list[tuple[Tensor, Tensor]]:
         if not self.symmetric:  # the grid must hold zero, or a group of one sign could not be centred
