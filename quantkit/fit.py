@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
+from math import inf
 
 from quantkit.errors import UsageError
 from quantkit.forward import Network
@@ -69,6 +71,15 @@ class Fitted:
         return sum(o.divergence for o in self.options.values())
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, out of what, and of what kind each item is."""
+
+    table: Table
+    found: Fitted
+    kinds: Mapping[str, str]
+
+
 def measure(net: Network, ids: Tensor, seed: int, choices: Choices) -> Iterator[str | Table]:
     """Token `ids` (n, T) once through the model and back: yields what is done, then every item's options."""
     found: dict[str, dict[str, _Tried]] = {}
@@ -105,6 +116,28 @@ def allocate(table: Table, budget: int) -> Fitted:
         if low and high / low < 1 + 1e-9:
             break
     return Fitted(_filled(table, _at(table, high), budget), high)
+
+
+def frontier(table: Table, points: int = 64) -> list[tuple[int, float]]:
+    """Bytes and predicted KL of best choices, from the smallest to the largest, about `points` of them.
+
+    No choice at all lies below the line through all of them: it bends where a price makes two options of an item equal.
+    """
+    pairs = (pair for options in table.values() for pair in combinations(options, 2))
+    bends = ((a.divergence - b.divergence) / (b.nbytes - a.nbytes) for a, b in pairs if a.nbytes != b.nbytes)
+    prices = sorted((p for p in bends if p > 0), reverse=True)
+    chosen = [_at(table, price) for price in (inf, *prices[:: max(1, len(prices) // points)], 0.0)]
+    return [(_nbytes(c), sum(o.divergence for o in c.values())) for c in chosen]
+
+
+def by_size(table: Table) -> list[str]:
+    """The types that may be chosen, from the one of least bytes on."""
+    sizes: dict[str, list[float]] = {}
+    for options in table.values():
+        most = max(o.nbytes for o in options)
+        for o in options:
+            sizes.setdefault(o.type, []).append(o.nbytes / most)
+    return sorted(sizes, key=lambda kind: sum(sizes[kind]) / len(sizes[kind]))
 
 
 def _at(table: Table, price: float) -> dict[str, Option]:

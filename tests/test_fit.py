@@ -9,12 +9,13 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as T
 from llama_oracle import Oracle
+from PIL import Image
 from test_convert import quantkit
 from toy import toy_model, write_toy
 
 from quantkit.errors import UsageError
 from quantkit.evaluate import Predictions
-from quantkit.fit import Option, allocate
+from quantkit.fit import Option, allocate, frontier
 from quantkit.forward import final_states, last, network
 from quantkit.model import open_model
 from quantkit.sensitivity import fisher
@@ -70,6 +71,19 @@ def test_no_other_choice_of_its_size_is_better():
         assert found.divergence <= best * 1.1
 
 
+def test_the_line_of_best_choices_has_none_below_it():
+    table = {
+        "0 a": (Option("2", 20, 1.0), Option("4", 40, 0.1), Option("8", 80, 0.0)),
+        "1 a": (Option("2", 10, 3.0), Option("4", 20, 0.2), Option("8", 40, 0.0)),
+    }
+    line = frontier(table)
+    assert line[0] == (30, 4.0) and line[-1] == (120, 0.0) and line == sorted(line)
+    for chosen in itertools.product(*table.values()):
+        nbytes, cost = sum(o.nbytes for o in chosen), sum(o.divergence for o in chosen)
+        (n, kl), (m, more) = next((a, b) for a, b in itertools.pairwise(line) if a[0] <= nbytes <= b[0] and a != b)
+        assert cost >= kl + (more - kl) * (nbytes - n) / (m - n) - 1e-12
+
+
 def test_a_size_that_cannot_be_had_is_refused():
     with pytest.raises(UsageError, match="take 20 bytes, and 19 are left"):
         allocate({"a": (Option("Q2_K", 20, 1.0),)}, 19)
@@ -83,7 +97,12 @@ def test_a_file_has_the_size_asked_for_and_its_recipe_repeats_it(source, tmp_pat
     (variant,) = record["variants"]
     made = tmp_path / "one" / variant["path"]
     assert 0.97 * 1.2e6 < made.stat().st_size <= 1.2e6 and "in all" in stderr
-    assert len({t["type"] for t in variant["tensors"]} - {"F32"}) > 2
+    types = {t["type"] for t in variant["tensors"]} - {"F32"}
+    assert len(types) > 2
+    picture = (tmp_path / "one" / "types.svg").read_text()
+    assert all(f"<!-- {t} -->" in picture for t in types) and "<!-- predicted KL (nats a token) -->" in picture
+    with Image.open(tmp_path / "one" / "types.png") as image:
+        assert image.size[0] > 1000
     assert Oracle(made).logits([2, 3, 4, 5]).shape[0] == 4
     recipe = tmp_path / "one" / "recipe.yaml"
     code, _, stderr = quantkit("convert", source, "-o", tmp_path / "two", "--recipe", recipe, "--json")

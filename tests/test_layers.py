@@ -53,6 +53,7 @@ ALLOWED = {
     "advise": {"hardware", "memory", "model"},
     "sensitivity": {"activations", "forward", "stats"},
     "fit": {"forward", "sensitivity"},
+    "fit_plots": {"fit", "plots"},
     "fit_types": {"codecs", "files", "fit", "forward", "model", "sensitivity", "solvers", "targets"},
     "report": {"cache", "corpus", "events", "evaluate", "model", "recipe", "targets"},
 }

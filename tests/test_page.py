@@ -16,7 +16,7 @@ from test_scoring import place  # noqa: F401  (a fixture)
 
 from quantkit.compare import compare, recommended
 from quantkit.page import page
-from quantkit.plots import rendered
+from quantkit.plots import draw, rendered
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_compare_takes_what_convert_measured(out, monkeypatch, tmp_path):
 def test_names_from_files_are_escaped_and_pictures_repeat():
     rows = compare([made("<script>alert(1)</script>", 0.1 * noise(1), 10)])
     assert "<script>alert" not in page(rows, "<b>", "x & y")
-    assert rendered(rows, "", "svg") == rendered(rows, "", "svg")
+    assert rendered(draw(rows, ""), "svg") == rendered(draw(rows, ""), "svg")
 
 
 def test_the_recommendation_is_the_smallest_that_stays_near():
@@ -102,4 +102,4 @@ def test_broken_rows_are_on_the_page_and_leave_the_picture_as_it_was():
     good, bad = made("good", 0.1 * noise(1), 10), made("bad", noise(1) + 3, 20)
     html = page(compare([good, bad]), "t", "s")
     assert 'class="broken"' in html and "BROKEN" in html
-    assert rendered(compare([good, bad]), "", "svg") == rendered(compare([good]), "", "svg")
+    assert rendered(draw(compare([good, bad]), ""), "svg") == rendered(draw(compare([good]), ""), "svg")

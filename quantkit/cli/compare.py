@@ -20,7 +20,7 @@ from quantkit.forward import device_of
 from quantkit.later import Device, Tensor, torch
 from quantkit.model import Model, open_model
 from quantkit.page import write_page
-from quantkit.plots import write_plots
+from quantkit.plots import draw, write_figure
 from quantkit.scoring import Ladder, Passages, Setting, as_run_by_llama_cpp, passages, same_tokens
 
 
@@ -75,7 +75,7 @@ def command(
 def illustrate(rows: list[Row], name: str, said: str, folder: Path, report: dict[str, Any] | None) -> list[Path]:
     """Write the page and the pictures; their paths."""
     write_page(rows, f"Variants of {name}", said, folder / "report.html", report)
-    return [folder / "report.html", *write_plots(rows, f"{name}. {said}", folder)]
+    return [folder / "report.html", *write_figure(draw(rows, f"{name}. {said}"), folder, "pareto")]
 
 
 def illustrate_conversion(

@@ -18,12 +18,15 @@ from quantkit.errors import VerifyError
 from quantkit.evaluate import Score
 from quantkit.events import Failed, Progress, Resumed, SourceScored, TensorDone, VariantDone
 from quantkit.files.atomic import staged
+from quantkit.fit import Choice
+from quantkit.fit_plots import draw_choice
 from quantkit.forward import limit_device, place_of
 from quantkit.hardware import keep_freed_memory
 from quantkit.later import Device, Tensor, on_cpu, torch
 from quantkit.model import Model, open_model
 from quantkit.overlap import refuse_overlap
 from quantkit.plan import Plan, make_plan
+from quantkit.plots import write_figure
 from quantkit.recipe import GGUF, Recipe, load_recipe, target_bytes
 from quantkit.report import fallbacks, fingerprinting, layers_csv, report, text_record, upcasts, variant_record
 from quantkit.texts import load_text
@@ -99,7 +102,7 @@ def command(
     model = open_model(source, settings.override, settings.chat_template)
     if dry_run:
         where = place_of(settings.device)
-        _show_plan(make_plan(model, fitted(model, settings, where), where), as_json)
+        _show_plan(make_plan(model, fitted(model, settings, where)[0], where), as_json)
     else:
         carry_out(model, settings, output, force, as_json)
 
@@ -109,16 +112,23 @@ def carry_out(model: Model, settings: Recipe, output: Path, force: bool, as_json
     where = place_of(settings.device)
     if settings.vram and not on_cpu(where):
         limit_device(torch.device(where), target_bytes(settings.vram))
-    settings = fitted(model, settings, where)
+    settings, choice = fitted(model, settings, where)
     plan = make_plan(model, settings, where)
     claim(model, output, plan, force)
-    failed = _run(model, settings, plan, output, where, force, as_json)
+    failed = _run(model, settings, plan, output, where, force, as_json, choice)
     if failed:
         raise VerifyError(f"{len(failed)} of {len(plan.outputs)} outputs failed: {failed[0]}", where=str(output))
 
 
 def _run(
-    model: Model, settings: Recipe, plan: Plan, output: Path, device: Device, force: bool, as_json: bool
+    model: Model,
+    settings: Recipe,
+    plan: Plan,
+    output: Path,
+    device: Device,
+    force: bool,
+    as_json: bool,
+    choice: Choice | None,
 ) -> list[VerifyError]:
     """Calibrate, convert, score and report; returns the outputs' failures."""
     warnings: list[str] = []
@@ -178,6 +188,8 @@ def _run(
     if GGUF in settings.to or settings.layers:
         write_recipe(settings, output / "recipe.yaml")
     pictures = illustrate_conversion(model, record, output, scores, words, chunks, device)
+    if choice:
+        pictures += write_figure(draw_choice(choice), output, "types")
     if solved := layers_csv(variants):
         with staged(output / "layers.csv", replace=True) as partial:
             partial.write_text(solved)

@@ -13,7 +13,7 @@ from quantkit.cli.show import bars, err, size
 from quantkit.corpus import Text, calibration_batch
 from quantkit.errors import UsageError
 from quantkit.files.atomic import staged
-from quantkit.fit import Fitted, Table, allocate, measure
+from quantkit.fit import Choice, Fitted, Table, allocate, measure
 from quantkit.fit_types import gguf_types, grid_bits, item_of
 from quantkit.forward import network
 from quantkit.later import Device, torch
@@ -39,13 +39,13 @@ def calibration_rows(model: Model, settings: Recipe, device: torch.device) -> tu
     return text, calibration_batch(text, model.tokenizer(), settings.samples, settings.seqlen, settings.seed)
 
 
-def fitted(model: Model, settings: Recipe, place: Device) -> Recipe:
-    """`settings` themselves, or where they ask for a size, those that name the type of every tensor instead.
+def fitted(model: Model, settings: Recipe, place: Device) -> tuple[Recipe, Choice | None]:
+    """`settings` themselves, or where they ask for a size, those that name the type of every tensor and the choice.
 
     Shows the choice. UsageError where the size cannot be had, or where nothing is calibrated.
     """
     if not (settings.target_size or settings.target_bpw):
-        return settings
+        return settings, None
     if len(settings.to) != 1 or settings.layers:
         raise UsageError("a size is for one target alone", where="--to", hint="do without other targets, and layers")
     asked = _asked(model, settings)
@@ -64,9 +64,10 @@ def fitted(model: Model, settings: Recipe, place: Device) -> Recipe:
             else:
                 table = step
     found = _of_size(model, settings, table, asked)
-    err.print(_shown(table, found))
+    choice = Choice(table, found, {item: _kind(item) for item in table})
+    err.print(_shown(choice))
     err.print(f"a further {size(1e6)} would save about {1e6 * found.price:.2g} nats a token", soft_wrap=True)
-    return _chosen(model, settings, found, asked)
+    return _chosen(model, settings, found, asked), choice
 
 
 def _asked(model: Model, settings: Recipe) -> Asked | None:
@@ -105,15 +106,18 @@ def _of_size(model: Model, settings: Recipe, table: Table, asked_grid: Asked | N
         budget -= nbytes - asked
 
 
-def _shown(table: Table, found: Fitted) -> Shown:
+def _shown(choice: Choice) -> Shown:
     """The types chosen by kind of tensor, with what they take and what they are expected to cost."""
-    shown = Shown(title="Types chosen", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown, found = (
+        Shown(title="Types chosen", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)),
+        choice.found,
+    )
     for name in ("tensors", "types"):
         shown.add_column(name)
     for name in ("size", "predicted KL"):
         shown.add_column(name, justify="right", no_wrap=True)
-    for kind in dict.fromkeys(_kind(name) for name in table):
-        options = [o for name, o in found.options.items() if _kind(name) == kind]
+    for kind in dict.fromkeys(choice.kinds.values()):
+        options = [o for name, o in found.options.items() if choice.kinds[name] == kind]
         types = Counter(o.type for o in options)
         words = ", ".join(f"{n} {t}" for t, n in types.most_common())
         shown.add_row(kind, words, size(sum(o.nbytes for o in options)), f"{sum(o.divergence for o in options):.4f}")
