@@ -167,7 +167,7 @@ def _working_bytes(model: Model, recipe: Recipe, outputs: tuple[Output, ...], ba
     block, solving = _block_bytes(model), 0
     if any(o.calibrated for o in outputs):
         below, scaled = any(o.behind for o in outputs), any(o.scaled for o in outputs)
-        own = scaled or any("-desc" in o.target for o in outputs)  # statistics of other columns than the block has
+        own = scaled or any(o.reordered for o in outputs)  # statistics of other columns than the block has
         grams = 4 * sum(k * k for k in widths(model))
         shared = scaled or any(o.calibrated and not o.behind for o in outputs)
         inside = sum(4 * n * k if stream else 4 * k * k for n, k, stream in _readers(model))

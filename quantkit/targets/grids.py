@@ -174,7 +174,7 @@ def solved_folder(
     output = folder_output(
         target, format, note, model, planned, solver, solve, torch.float16, config, files, below, kept
     )
-    return replace(output, scaled=scaled)
+    return replace(output, scaled=scaled, reordered=asked.by_activation)
 
 
 def solving(

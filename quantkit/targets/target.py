@@ -146,6 +146,7 @@ class Output:
     outer: bool = False  # whether solvers need statistics of embedding and output matrix (`sensitivity`)
     sealed: bool = False  # its bytes are its meaning, and are what verification compares
     behind: bool = False  # calibrated behind its own quantized blocks, and not on the source's activations
+    reordered: bool = False  # solved in another order of the columns, under statistics in that order
     scaled: bool = False  # looks for column scales under the source's statistics, wherever else it is calibrated
 
     @property
