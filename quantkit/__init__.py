@@ -18,6 +18,7 @@ from quantkit.forward import device_of, network
 from quantkit.model import Model, open_model
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import Recipe, load_recipe
+from quantkit.sizing import Sized, sized
 from quantkit.texts import load_text
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Recipe",
     "Resumable",
     "Score",
+    "Sized",
     "Unsupported",
     "UsageError",
     "VerifyError",
@@ -45,4 +47,5 @@ __all__ = [
     "open_model",
     "predict",
     "score",
+    "sized",
 ]

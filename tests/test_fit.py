@@ -18,7 +18,10 @@ from quantkit.evaluate import Predictions
 from quantkit.fit import Option, allocate, frontier
 from quantkit.forward import final_states, last, network
 from quantkit.model import open_model
+from quantkit.plan import make_plan
+from quantkit.recipe import Recipe
 from quantkit.sensitivity import fisher
+from quantkit.sizing import sized
 
 CPU = torch.device("cpu")
 
@@ -108,6 +111,17 @@ def test_a_file_has_the_size_asked_for_and_its_recipe_repeats_it(source, tmp_pat
     code, _, stderr = quantkit("convert", source, "-o", tmp_path / "two", "--recipe", recipe, "--json")
     assert code == 0, stderr
     assert (tmp_path / "two" / variant["path"]).read_bytes() == made.read_bytes()
+
+
+def test_a_size_is_had_from_python(source):
+    """The recipe that comes of it is planned like any other."""
+    model, rows = open_model(source), torch.randint(2, 300, (4, 64), generator=torch.Generator().manual_seed(3))
+    recipe = Recipe(to=("gguf",), target_bpw=5.0, calibration="default")
+    *progress, last = sized(model, recipe, network(model, CPU), rows)
+    assert [p.done for p in progress] == list(range(1, progress[-1].total + 1))
+    assert last.recipe.target_bpw is None and last.choice.found.options.keys() == last.choice.table.keys()
+    (output,) = make_plan(model, last.recipe, CPU).outputs
+    assert 4.8 < 8 * sum(row.nbytes for row in output.rows) / model.parameters <= 5.0
 
 
 @pytest.mark.parametrize("target", ["gptq-4bit-32g", "ct-4bit-32g"])

@@ -55,6 +55,7 @@ ALLOWED = {
     "fit": {"forward", "sensitivity"},
     "fit_plots": {"fit", "plots"},
     "fit_types": {"codecs", "files", "fit", "forward", "model", "sensitivity", "solvers", "targets"},
+    "sizing": {"events", "fit", "fit_types", "forward", "model", "recipe", "targets"},
     "report": {"cache", "corpus", "events", "evaluate", "model", "recipe", "targets"},
 }
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 
+import numpy as np
 import pytest
 from test_convert import made, options, quantkit, source, text  # noqa: F401 (fixtures)
 from toy import toy_model, write_toy
+
+from quantkit.files.imatrix import Imatrix, write_imatrix
 
 
 @pytest.mark.parametrize(
@@ -17,6 +20,7 @@ from toy import toy_model, write_toy
         (["convert", "{empty}", "-o", "{out}", "--to", "fp16"], 65, "no model in this folder"),
         (["convert", "{truncated}", "-o", "{out}", "--to", "fp16"], 65, "truncated"),
         (["convert", "{mamba}", "-o", "{out}", "--to", "fp16"], 65, "architecture 'mamba' is not supported"),
+        (["convert", "{imatrix}", "-o", "{out}", "--to", "fp16"], 65, "holds an importance matrix, and no model"),
         (["convert", "{source}", "-o", "{out}", "--to", "int5"], 2, "unknown target 'int5'"),
         (["convert", "{source}", "-o", "{out}"], 2, "--to: field required"),
         (["convert", "{source}", "-o", "{out}", "--to", "fp16", "--to", "FP16"], 2, "named twice"),
@@ -53,6 +57,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(args, code, says, source, text
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     (pickled / "config.json").write_text(json.dumps(config))
     (tmp_path / "short.txt").write_text("the rest")
+    sums = {"blk.0.attn_q.weight": np.ones((1, 384), np.float32)}
+    imatrix = Imatrix(sums, dict.fromkeys(sums, np.array([1])), ("text",), 1, 512)
+    write_imatrix(tmp_path / "imatrix.gguf", imatrix)
     places = {
         "missing": tmp_path / "nothing.gguf",
         "empty": tmp_path / "empty",
@@ -63,6 +70,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(args, code, says, source, text
         "full": full,
         "pipe": tmp_path / "pipe",
         "pickled": pickled,
+        "imatrix": tmp_path / "imatrix.gguf",
         "text": text / "evaluation.txt",
         "short": tmp_path / "short.txt",
     }

@@ -28,7 +28,10 @@ _TYPE_SUFFIX = re.compile(r"[-._](?:I?Q\d\w*|TQ\d\w*|MXFP4|[BF]+16|F32|fp16|fp32
 
 def open_gguf(path: Path, overrides: Sequence[str] = (), template: ChatTemplate | None = None) -> Model:
     """The model in a GGUF, by its own name or that of any shard of its set; see `open_model`."""
-    gguf, facts = laid_over(_with_stacks(read_gguf(path)), overrides, template)
+    read = read_gguf(path)
+    if other := _OTHERS.get(str(read.get("general.type"))):
+        raise BadInput(f"holds {other}, and no model", where=path, hint="name the model's own file")
+    gguf, facts = laid_over(_with_stacks(read), overrides, template)
     shapes = {n: t.shape for n, t in gguf.tensors.items()}
     arch = families.by_gguf(str(gguf.get("general.architecture")), gguf.get, where=str(path))
     config = arch.config_from_gguf(gguf.get, shapes, lambda name: _numbers(gguf, name))
@@ -47,6 +50,7 @@ def open_gguf(path: Path, overrides: Sequence[str] = (), template: ChatTemplate 
     return Model(name, path, "gguf", arch, config, files, refs, gguf, facts=facts, template=template)
 
 
+_OTHERS = {"imatrix": "an importance matrix", "adapter": "an adapter", "mmproj": "an image encoder"}  # general.type
 _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding"}
 
 
