@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from measured import run
-from solvers import QUANTKIT, SHAPE, once, scored
+from solvers import QUANTKIT, SAMPLES, SEQLEN, once, scored
 
 from quantkit import calibration_batch, load_text, open_model
 from quantkit.solvers.learned import ITERATIONS
@@ -33,13 +33,14 @@ def main() -> None:
     if not plain.exists():
         run([*QUANTKIT, "convert", args.source, "-o", plain, "--to", "fp16", "--no-eval"])
     tokenizer = open_model(args.source).tokenizer()
-    ids = calibration_batch(load_text(args.calibration), tokenizer, int(SHAPE[1]), int(SHAPE[3]), 0)
+    ids = calibration_batch(load_text(args.calibration), tokenizer, SAMPLES, SEQLEN, 0)
     rows.write_text(json.dumps(ids.tolist()))
     print("| target | by | wall s | CPU s | perplexity | mean KL |\n|---|---|---|---|---|---|", flush=True)
     for bits in args.bits:
         target = f"gptq-{bits}bit-64g"
         ours = args.keep / f"ours-{bits}"
-        how = ["--to", target, "--solver", "learned", *SHAPE, "--calibration", args.calibration, "--no-eval"]
+        text = ["--calibration", args.calibration, "--samples", SAMPLES, "--seqlen", SEQLEN]
+        how = ["--to", target, "--solver", "learned", *text, "--no-eval"]
         command = [*QUANTKIT, "convert", args.source, "-o", ours, *how]
         cost = once("learned", ours, lambda command=command: run(command))
         made = {"quantkit": (cost, ours / target)}

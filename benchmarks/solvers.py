@@ -39,7 +39,7 @@ TARGETS = {  # of ours, and what a peer is told for the like of it
 }
 PEERS = {"gptqmodel": "GPTQModel", "autoround": "AutoRound"}
 LADDER = ("fp16", "gptq-4bit-64g", "awq-4bit-64g", "Q4_K_M", "Q5_K_M")
-SHAPE = ("--samples", "32", "--seqlen", "512")
+SAMPLES, SEQLEN = 32, 512
 
 
 def scored(folder: Path, args: argparse.Namespace) -> str:
@@ -53,7 +53,8 @@ def scored(folder: Path, args: argparse.Namespace) -> str:
 def converted(args: argparse.Namespace, out: Path, targets: tuple[str, ...]) -> Cost:
     """What one conversion without scores takes."""
     named = [f"--to={t}" for t in targets]
-    command = [*QUANTKIT, "convert", args.source, "-o", out, *named, *SHAPE, "--calibration", args.calibration]
+    shape = ["--samples", args.samples, "--seqlen", SEQLEN]
+    command = [*QUANTKIT, "convert", args.source, "-o", out, *named, *shape, "--calibration", args.calibration]
     return once(", ".join(targets), out, lambda: run([*command, "--no-eval"]))
 
 
@@ -87,7 +88,7 @@ def by_peer(args: argparse.Namespace, theirs: Path, target: str, peer: str) -> C
     plain, rows = theirs.parent / "plain", theirs.parent / "rows.json"
     run([*QUANTKIT, "convert", args.source, "-o", plain, "--to", "fp16", "--no-eval", "--force"])
     tokenizer = open_model(args.source).tokenizer()
-    ids = calibration_batch(load_text(args.calibration), tokenizer, int(SHAPE[1]), int(SHAPE[3]), 0)
+    ids = calibration_batch(load_text(args.calibration), tokenizer, args.samples, SEQLEN, 0)
     rows.write_text(json.dumps(ids.tolist()))
     os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
     script = Path(__file__).parent / "peers" / f"quantize_{peer}.py"
@@ -102,6 +103,7 @@ def main() -> None:
     for peer, name in PEERS.items():
         parser.add_argument(f"--{peer}", help=f"the Python of an environment that has {name}")
     parser.add_argument("--only", choices=TARGETS, help="one row, and not all of them")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="calibration rows; GPTQModel's AWQ asks for few")
     parser.add_argument("--ladder", action="store_true")
     parser.add_argument("--keep", help="a folder for what is made, which is not made again where it is there")
     parser.add_argument("--no-scores", action="store_true")
