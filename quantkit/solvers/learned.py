@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from quantkit.later import Tensor, torch
@@ -40,10 +41,24 @@ class Ranged:
         count = int(self.ranges.max()) + 1
         return tuple(torch.ones(len(part), count, device=part.device) for part in self.parts)
 
+    @cached_property
+    def _order(self) -> Tensor | None:
+        """The columns (K,), those of a range side by side; None where they are so already."""
+        order = self.ranges.argsort(stable=True)
+        return None if bool((order[1:] > order[:-1]).all()) else order
+
     def weight(self, factors: Factors) -> Tensor:
-        """The weight (N, K) with its ranges multiplied."""
-        terms = [part * factor[:, self.ranges] for part, factor in zip(self.parts, factors, strict=True)]
-        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+        """The weight (N, K) with its ranges, of one size all, multiplied.
+
+        A factor's gradient is a sum over its columns side by side: by columns' numbers, threads would add in any order.
+        """
+        order, made = self._order, None
+        for part, factor in zip(self.parts, factors, strict=True):
+            columns = part if order is None else part[:, order]
+            term = (columns.unflatten(1, (factor.shape[1], -1)) * factor[..., None]).flatten(1)
+            made = term if made is None else made + term
+        assert made is not None  # a weight has a part
+        return made if order is None else made[:, order.argsort()]
 
 
 def learn(
