@@ -113,6 +113,16 @@ def test_what_cannot_be_learned_is_refused_before_anything_is_read(q8_0, tmp_pat
         assert code == 2 and "--inputs source" in stderr and not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def three_threads():
+    """More than one, and a number that cuts matrices in the middle of a row: sums must not depend on who is first."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(count)
+
+
+@pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize(("target", "ending"), [("gptq-2bit-64g", "safetensors"), ("Q4_0", "gguf")])
 def test_a_run_that_was_ended_goes_on_and_makes_the_same_bytes(q8_0, tmp_path, monkeypatch, target, ending):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
