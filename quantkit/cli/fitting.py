@@ -58,10 +58,8 @@ def fitted(model: Model, settings: Recipe, place: Device) -> tuple[Recipe, Choic
 
 def _shown(choice: Choice) -> Table:
     """The types chosen by kind of tensor, with what they take and what they are expected to cost."""
-    shown, found = (
-        Table(title="Types chosen", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)),
-        choice.found,
-    )
+    found = choice.found
+    shown = Table(title="Types chosen", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("tensors", "types"):
         shown.add_column(name)
     for name in ("size", "predicted KL"):
