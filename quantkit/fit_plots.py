@@ -11,10 +11,10 @@ from quantkit.plots import BLUE, GREY, blank, dress
 LAYER = re.compile(r"\d+")  # of an item: `blk.3.ffn_up.weight`, `3 mlp_in`
 
 
-def draw_choice(choice: Choice, dark: bool = False) -> Any:
+def draw_choice(choice: Choice) -> Any:
     """A figure of two panels: predicted KL against size, and a row of layers for each kind of tensor."""
     title = f"{choice.found.nbytes / 1e6:.1f} MB of tensors, predicted KL {choice.found.divergence:.4f} nats a token"
-    figure, ink = blank(title, dark, height=2.4 + 0.28 * len(set(choice.kinds.values())))
+    figure, ink = blank(title, height=2.4 + 0.28 * len(set(choice.kinds.values())))
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.6))
     _sizes(left, choice, ink)
     _types(right, choice, ink)
@@ -24,8 +24,8 @@ def draw_choice(choice: Choice, dark: bool = False) -> Any:
 def _sizes(axes: Any, choice: Choice, ink: str) -> None:
     """The least predicted KL at every size, and where the choice lies; any other choice of types lies above."""
     dress(axes, "size of the tensors (MB of 1e6 bytes)", "predicted KL (nats a token)", ink)
-    sizes, costs = zip(*((n / 1e6, kl) for n, kl in frontier(choice.table) if kl > 0), strict=True)
-    axes.plot(sizes, costs, color=GREY, linewidth=1)
+    line = frontier(choice.table)
+    axes.plot([nbytes / 1e6 for nbytes, _ in line], [kl for _, kl in line], color=GREY, linewidth=1)
     axes.plot([choice.found.nbytes / 1e6], [choice.found.divergence], "o", color=BLUE)
     axes.set_yscale("log")
 

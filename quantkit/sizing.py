@@ -58,7 +58,7 @@ def grid_asked(model: Model, recipe: Recipe) -> Asked | None:
     if len(recipe.to) != 1 or recipe.layers:
         raise UsageError("a size is for one target alone", where="--to", hint="do without other targets, and layers")
     asked = None if recipe.to == (GGUF,) else _grid(model, recipe)
-    if recipe.calibration is None or (recipe.target_size and recipe.target_bpw):
+    if recipe.calibration is None or bool(recipe.target_size) == bool(recipe.target_bpw):
         raise UsageError(
             "needs a calibration and one size", where="--target-size", hint="give a text and one of the two"
         )

@@ -122,6 +122,8 @@ def test_a_size_is_had_from_python(source):
     assert last.recipe.target_bpw is None and last.choice.found.options.keys() == last.choice.table.keys()
     (output,) = make_plan(model, last.recipe, CPU).outputs
     assert 4.8 < 8 * sum(row.nbytes for row in output.rows) / model.parameters <= 5.0
+    with pytest.raises(UsageError, match="needs a calibration and one size"):
+        next(sized(model, last.recipe.model_copy(update={"layers": {}}), network(model, CPU), rows))
 
 
 @pytest.mark.parametrize("target", ["gptq-4bit-32g", "ct-4bit-32g"])
