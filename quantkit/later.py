@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 else:
 
     class _Later:
-        """Stands for a module until an attribute of it is asked for."""
+        """Stands for a module until an attribute of it is asked for; from then on that attribute is its own."""
 
         def __init__(self, name: str) -> None:
             self._name = name
 
         def __getattr__(self, attribute: str) -> Any:
-            return getattr(sys.modules.get(self._name) or importlib.import_module(self._name), attribute)
+            value = getattr(importlib.import_module(self._name), attribute)  # waits while another thread imports it
+            setattr(self, attribute, value)
+            return value
 
     torch, nn = _Later("torch"), _Later("torch.nn")
     Tensor = Device = Any
@@ -39,7 +41,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def torch_is_there() -> bool:
-    """Whether torch has been imported, by whomever."""
+    """Whether torch has been imported, by whomever, or is just being imported."""
     return sys.modules.get("torch") is not None
 
 

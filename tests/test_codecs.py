@@ -105,8 +105,8 @@ def test_threads_write_the_bytes_of_one_call(name, monkeypatch):
     x = torch.randn(23, width, generator=torch.Generator().manual_seed(1))
     weights = codec_rows.importance(width)
     monkeypatch.setattr(sharing, "SLAB", 2 * width)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # or all later tests would have three
+    monkeypatch.setattr(sharing.torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(sharing.torch, "set_num_threads", lambda count: None)  # or all later tests would have three
     for importance in [weights] if codec.requires_importance else [None, weights]:
         raw = encode(name, x, importance)
         single = one_call(name, x, importance)
