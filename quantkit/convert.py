@@ -31,8 +31,6 @@ from quantkit.targets import Piece
 from quantkit.targets.gguf import IMATRIX_FILE
 from quantkit.walk import held, walk
 
-OUTER_ROWS = 8  # calibration rows that are run back as well, for statistics of embedding and output matrix
-
 
 def convert(
     model: Model,
@@ -43,7 +41,7 @@ def convert(
     text: Text | None,
     evaluation: Tensor | None,
     force: bool = False,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Make every output of `plan` under `out`.
 
     `calibration` are token ids (rows, seqlen), `text` what they were taken from, `evaluation` chunks (n, ctx) to score
@@ -127,7 +125,7 @@ def _solve(
     yield Progress(stage, 0, total)
     known = {}
     if net and calibration is not None and any(p.output.outer for p in products):
-        known = outer_statistics(net, calibration[:OUTER_ROWS], seed=0)
+        known = outer_statistics(net, calibration, seed=0)
     for done, name in enumerate(outer):
         yield from each(products, _outside(model, name, known, device, calibration is not None))
         yield Progress(stage, done + 1, total)

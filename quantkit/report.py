@@ -137,8 +137,10 @@ def _upcast(model: Model, target: str, before: str, after: str, tensors: list[Te
     )
 
 
-def text_record(text: Text, ids: Tensor) -> dict[str, Any]:
-    """What a text was, and the rows of tokens that were taken from it."""
+def text_record(text: Text | None, ids: Tensor | None) -> dict[str, Any] | None:
+    """What a text was, and the rows of tokens that were taken from it; None where there was none."""
+    if text is None or ids is None:
+        return None
     return {
         "name": text.name,
         "source": text.source,

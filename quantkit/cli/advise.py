@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from quantkit.advise import Ask, Fit, Option, fit, recommend, room, runtime
-from quantkit.cli.convert import carry_out
+from quantkit.cli.carry_out import carry_out
 from quantkit.cli.options import SOURCE
 from quantkit.cli.show import err, out, size
 from quantkit.compare import block_bits, named, read_folder, verdict

@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from quantkit.cli.compare import illustrate_conversion
-from quantkit.cli.fitting import calibration_rows, fitted, write_recipe
+from quantkit.cli.carry_out import carry_out
+from quantkit.cli.fitting import fitted
 from quantkit.cli.options import CHAT_TEMPLATE, OVERRIDE, SOURCE
-from quantkit.cli.show import bars, err, out, size, variants_table
-from quantkit.convert import claim, convert
-from quantkit.corpus import Text, evaluation_chunks
-from quantkit.errors import VerifyError
-from quantkit.evaluate import Score
-from quantkit.events import Failed, Progress, Resumed, SourceScored, TensorDone, VariantDone
-from quantkit.files.atomic import staged
-from quantkit.fit import Choice
-from quantkit.fit_plots import draw_choice
-from quantkit.forward import limit_device, place_of
-from quantkit.hardware import keep_freed_memory
-from quantkit.later import Device, Tensor, on_cpu, torch
-from quantkit.model import Model, open_model
-from quantkit.overlap import refuse_overlap
+from quantkit.cli.show import out, size
+from quantkit.forward import place_of
+from quantkit.model import open_model
 from quantkit.plan import Plan, make_plan
-from quantkit.plots import write_figure
-from quantkit.recipe import GGUF, Recipe, load_recipe, target_bytes
-from quantkit.report import fallbacks, fingerprinting, layers_csv, report, text_record, upcasts, variant_record
-from quantkit.texts import load_text
+from quantkit.recipe import load_recipe
 
 
 def command(
@@ -105,112 +91,6 @@ def command(
         _show_plan(make_plan(model, fitted(model, settings, where)[0], where), as_json)
     else:
         carry_out(model, settings, output, force, as_json)
-
-
-def carry_out(model: Model, settings: Recipe, output: Path, force: bool, as_json: bool) -> None:
-    """Convert a model as a recipe has it, and show what came of it; VerifyError where an output failed its check."""
-    where = place_of(settings.device)
-    if settings.vram and not on_cpu(where):
-        limit_device(torch.device(where), target_bytes(settings.vram))
-    settings, choice = fitted(model, settings, where)
-    plan = make_plan(model, settings, where)
-    claim(model, output, plan, force)
-    failed = _run(model, settings, plan, output, where, force, as_json, choice)
-    if failed:
-        raise VerifyError(f"{len(failed)} of {len(plan.outputs)} outputs failed: {failed[0]}", where=str(output))
-
-
-def _run(
-    model: Model,
-    settings: Recipe,
-    plan: Plan,
-    output: Path,
-    device: Device,
-    force: bool,
-    as_json: bool,
-    choice: Choice | None,
-) -> list[VerifyError]:
-    """Calibrate, convert, score and report; returns the outputs' failures."""
-    warnings: list[str] = []
-    text, rows = calibration_rows(model, settings, torch.device(device)) if plan.calibrated else (None, None)
-    words, chunks = _evaluation(model, settings)
-    if text and words and (warning := refuse_overlap(text, words, force)):
-        warnings.append(warning)
-    if rows is not None and len(rows) < settings.samples:
-        warnings.append(f"calibration text {settings.calibration} gives {len(rows)} of {settings.samples} samples")
-    plan = make_plan(model, settings, device, rows=None if rows is None else len(rows))
-    for o in plan.outputs:
-        err.print(f"{o.target}: {o.note}; {size(o.nbytes)}", soft_wrap=True)
-    for warning in warnings:
-        err.print(f"warning: {warning}", soft_wrap=True)
-    variants: list[dict[str, Any]] = []
-    tensors: dict[str, list[TensorDone]] = {o.target: [] for o in plan.outputs}
-    source_score, failed, sha256 = None, [], fingerprinting(model)
-    scores: dict[str, Score] = {}
-    resumed: dict[str, str] = {}
-    if plan.calibrated and on_cpu(device):
-        keep_freed_memory()
-    with bars(plan.stages) as bar:
-        for event in convert(model, plan, output, device, rows, text, chunks, force):
-            match event:
-                case Progress(stage, done, total):
-                    bar.step(stage, done, total)
-                case TensorDone(target):
-                    tensors[target].append(event)
-                case Resumed(target, layer):
-                    resumed[target] = f"{target}: blocks 0 to {layer} are those of a run that had not ended"
-                case SourceScored(score):
-                    source_score = score
-                case VariantDone(made, _, score):
-                    scores |= {made.target: score} if score else {}
-                    variants.append(variant_record(event, tensors[made.target], model.parameters))
-                case Failed(_, error):
-                    failed.append(error)
-    if not variants:  # all failed: nothing was made, and nothing is left to lay a report beside
-        return failed
-    every = [t for done in tensors.values() for t in done]
-    grown = [*resumed.values(), *upcasts(model, every), *fallbacks(every)]
-    for warning in grown:
-        err.print(f"warning: {warning}", soft_wrap=True)
-    record = report(
-        model,
-        settings,
-        source_score,
-        variants,
-        text_record(text, rows) if text is not None and rows is not None else None,
-        text_record(words, chunks) if words is not None and chunks is not None else None,
-        str(device),
-        [*warnings, *grown],
-        sha256.result(),
-    )
-    with staged(output / "report.json", replace=True) as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n")
-    if GGUF in settings.to or settings.layers:
-        write_recipe(settings, output / "recipe.yaml")
-    pictures = illustrate_conversion(model, record, output, scores, words, chunks, device)
-    if choice:
-        pictures += write_figure(draw_choice(choice), output, "types")
-    if solved := layers_csv(variants):
-        with staged(output / "layers.csv", replace=True) as partial:
-            partial.write_text(solved)
-    if as_json:
-        print(json.dumps(record, indent=2))
-        return failed
-    out.print(variants_table(record))
-    for v in variants:
-        out.print(f"{v['target']:<14} {output / v['path']}", soft_wrap=True)
-    for path in (output / "report.json", *pictures):
-        out.print(f"{'report':<14} {path}", soft_wrap=True)
-    out.print(record["lineage"]["note"], soft_wrap=True)
-    return failed
-
-
-def _evaluation(model: Model, settings: Recipe) -> tuple[Text | None, Tensor | None]:
-    if settings.eval_text is None:
-        return None, None
-    text, tokenizer = load_text(settings.eval_text), model.tokenizer()
-    ids = tokenizer.encode(text.plain())
-    return text, evaluation_chunks(ids, settings.ctx, tokenizer, settings.eval_chunks)
 
 
 def _show_plan(plan: Plan, as_json: bool) -> None:
