@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from quantkit import sensitivity
 from quantkit.activations import readers, widths
 from quantkit.codecs.sharing import BACKGROUND
 from quantkit.errors import UsageError
@@ -100,15 +101,15 @@ def make_plan(model: Model, recipe: Recipe, device: Device, rows: int | None = N
     paths = [o.path.lower() for o in outputs]  # not every disk tells capitals apart
     if doubled := [o.target for o in outputs if paths.count(o.path.lower()) > 1]:
         raise UsageError(f"the target {doubled[0]} is named twice", where="--to", hint="name each target once")
-    if choices.bits and not any(o.format in ("gptq", "compressed-tensors") for o in outputs):
-        hint = "name a GPTQ or compressed-tensors target, or give types"
-        raise UsageError("no target has bits of single layers", where="layers", hint=hint)
+    _require_heeded(recipe, outputs)
     if calibration is None and (needy := [o.target for o in outputs if o.calibrated]):
         raise UsageError("needs a calibration text", where=needy[0], hint="do without --no-calibration")
     batch, working = _batch(model, recipe, device, outputs)
     calibrated = any(o.calibrated for o in outputs)
     states = _state_bytes(model, recipe) + _prefix_bytes(model, recipe, sum(o.behind for o in outputs))
     states += _block_bytes(model) if calibrated else 0  # the next one, read ahead
+    if any(o.outer for o in outputs):  # over before the others begin
+        states = max(states, _kept_bytes(model, recipe))
     on_gpu = not on_cpu(device)
     if any(o.behind for o in outputs) and not on_gpu:  # and run ahead
         states += BACKGROUND * _batch_bytes(model, batch) + min(KEPT_BYTES, 4 * sum(k * k for k in widths(model)))
@@ -121,6 +122,29 @@ def make_plan(model: Model, recipe: Recipe, device: Device, rows: int | None = N
     )
 
 
+# What a recipe asks of GGUF targets and of no others.
+_OF_GGUF = ("output_type", "token_embedding_type", "tensor_type", "pure", "leave_output", "split_max_size", "imatrix")
+
+
+def _require_heeded(recipe: Recipe, outputs: tuple[Output, ...]) -> None:
+    """UsageError for what a recipe asks and no target of it heeds, which would be passed over in silence."""
+    formats, choices = {o.format for o in outputs}, recipe.choices()
+    if choices.bits and not formats & {"gptq", "compressed-tensors"}:
+        hint = "name a GPTQ or compressed-tensors target, or give types"
+        raise UsageError("no target has bits of single layers", where="layers", hint=hint)
+    if choices.layers and "gguf" not in formats:
+        hint = "name a GGUF target, or give bits"
+        raise UsageError("no target has types of single layers", where="layers", hint=hint)
+    if (asked := [f for f in _OF_GGUF if getattr(recipe, f)]) and "gguf" not in formats:
+        option = f"--{asked[0].replace('_', '-')}"
+        hint = "name one such as Q4_K_M with --to, or leave it out"
+        raise UsageError("is for GGUF targets, and none is made", where=option, hint=hint)
+    solved = any(r.solver == recipe.solver for o in outputs for r in o.rows)
+    if recipe.solver and not solved and not formats & {"gptq", "awq", "compressed-tensors"}:
+        hint = "name a target that is solved, or leave it out"
+        raise UsageError(f"no tensor of any target is solved by {recipe.solver}", where="--solver", hint=hint)
+
+
 def _batch(model: Model, recipe: Recipe, device: Device, outputs: tuple[Output, ...]) -> tuple[int, int]:
     """Tokens through a block at once, and the bytes on the device that go with them: halved until `--vram` holds them.
 
@@ -129,7 +153,8 @@ def _batch(model: Model, recipe: Recipe, device: Device, outputs: tuple[Output, 
     limit = target_bytes(recipe.vram) if recipe.vram else None
     if limit and on_cpu(device):
         raise UsageError("limits a CUDA device, and this runs on the CPU", where="--vram", hint="leave it out")
-    batch, least = BATCH_TOKENS, max(recipe.seqlen, recipe.ctx if recipe.eval_text else 0)
+    least = max(recipe.seqlen, recipe.ctx if recipe.eval_text else 0)
+    batch = max(BATCH_TOKENS, least)  # a row is never cut
     learning = _learning_bytes(model, recipe) if any(o.lasting for o in outputs) else 0
     while (working := learning + _working_bytes(model, recipe, outputs, batch)) > (limit or working):
         if batch <= least:
@@ -194,6 +219,12 @@ def _readers(model: Model) -> list[tuple[int, int, bool]]:
 def _state_bytes(model: Model, recipe: Recipe) -> int:
     tokens = max(recipe.samples * recipe.seqlen, (recipe.eval_chunks or 32) * recipe.ctx * 2)
     return 4 * tokens * model.config["hidden_size"]
+
+
+def _kept_bytes(model: Model, recipe: Recipe) -> int:
+    """Hidden states before every block, of the rows that are run back."""
+    tokens = min(recipe.samples, sensitivity.ROWS) * recipe.seqlen
+    return 4 * tokens * model.config["hidden_size"] * (model.layers + 2)
 
 
 def _prefix_bytes(model: Model, recipe: Recipe, outputs: int) -> int:

@@ -23,6 +23,7 @@ from quantkit.later import Tensor, nn, torch
 from quantkit.stats import Stats, errors
 
 HEAD_LOGITS = 1 << 24  # logits at once, 64 MiB
+ROWS = 8  # calibration rows that are run back
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,14 @@ class Fisher:
 def fisher(net: Network, ids: Tensor, seed: int) -> Iterator[tuple[str, Mapping[str, Fisher]]]:
     """From the head back to the embedding: what is done, and the information of each of its matrices by HF name.
 
-    `ids` are token ids (n, T). Of an embedding (V, hidden) the statistics are those of the gradient: a change of a
-    token's row is a change of the predictions where it stands. Raises Unsupported for mixtures of experts.
+    `ids` are token ids (n, T), of which the first `ROWS` are taken. Of an embedding (V, hidden) the statistics are
+    those of the gradient: a change of a token's row is a change of the predictions where it stands. Raises Unsupported
+    for mixtures of experts.
     """
     if any(ref.placed.expert is not None for ref in net.model.tensors.values()):
         raise Unsupported("mixtures of experts cannot be fitted to a size yet", hint="choose a mixture such as Q4_K_M")
     with torch.no_grad():
-        states = embed(net, ids)
+        states = embed(net, ids[:ROWS])
         before = []
         for layer in range(net.model.layers):
             before.append(states.hidden.clone())

@@ -13,12 +13,12 @@ from quantkit.forward import Network
 from quantkit.later import Tensor
 from quantkit.model import Model
 from quantkit.recipe import GGUF, Layer, Recipe, target_bytes
+from quantkit.sensitivity import ROWS
 from quantkit.targets import Calibration, compressed, gptq, plan_output
 from quantkit.targets.folder import linear
 from quantkit.targets.grids import Asked, asked_of
 from quantkit.targets.mixtures import kind_of
 
-SAMPLES = 8  # calibration rows that types are measured on
 STAGE = "measuring types"
 
 
@@ -33,11 +33,11 @@ class Sized:
 def sized(model: Model, recipe: Recipe, net: Network, ids: Tensor) -> Iterator[Progress | Sized]:
     """What a recipe that asks for a size comes to; the last that is yielded is `Sized`.
 
-    `ids` (n, T) are calibration rows, of which the first `SAMPLES` are measured on; `net` is the model's network.
+    `ids` (n, T) are calibration rows, of which the first `sensitivity.ROWS` are taken; `net` is the model's network.
     UsageError where the size cannot be had.
     """
     asked = grid_asked(model, recipe)
-    ids = ids[:SAMPLES]
+    ids = ids[:ROWS]
     table: Table = {}
     for i, step in enumerate(
         measure(net, ids, recipe.seed, grid_bits(model, asked) if asked else gguf_types(model, ids))

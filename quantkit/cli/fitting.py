@@ -19,7 +19,8 @@ from quantkit.later import Device, torch
 from quantkit.model import Model
 from quantkit.recipe import Recipe
 from quantkit.selfcal import self_calibration
-from quantkit.sizing import SAMPLES, STAGE, grid_asked, sized
+from quantkit.sensitivity import ROWS
+from quantkit.sizing import STAGE, grid_asked, sized
 from quantkit.texts import load_text
 
 
@@ -41,7 +42,7 @@ def fitted(model: Model, settings: Recipe, place: Device) -> tuple[Recipe, Choic
     if not (settings.target_size or settings.target_bpw):
         return settings, None
     grid_asked(model, settings)  # before anything is calibrated
-    device, few = torch.device(place), settings.model_copy(update={"samples": min(SAMPLES, settings.samples)})
+    device, few = torch.device(place), settings.model_copy(update={"samples": min(ROWS, settings.samples)})
     _, rows = calibration_rows(model, few, device)
     choice = None
     with bars({STAGE: 1.0}) as bar:

@@ -38,6 +38,9 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="With --show, print JSON.")] = False,
 ) -> None:
     """Compute a model's importance matrix for GGUF targets; show and merge those of quantkit and llama.cpp."""
+    if show and (merge_them or output):
+        other = "--merge" if merge_them else "-o"
+        raise UsageError("shows what there is and writes nothing", where="--show", hint=f"leave it out, or {other}")
     if show:
         for path in map(Path, sources):
             _show(path, read_imatrix(path), as_json)

@@ -43,6 +43,11 @@ def command(
     """Perplexity as llama.cpp defines it, on weights dequantized block by block."""
     if engine not in ("quantkit", "llama.cpp"):
         raise UsageError(f"unknown engine {engine!r}", where="--engine", hint="known: quantkit, llama.cpp")
+    of_texts = {"--text": text, "--reference": reference, "--stride": stride, "--chunks": chunks}
+    of_tasks = {"--limit": limit, "--task-folder": task_folder}
+    if given := [name for name, value in (of_tasks if tasks is None else of_texts).items() if value]:
+        hint = "leave it out, or " + ("leave out --tasks" if tasks is not None else "name some with --tasks")
+        raise UsageError("has no part in what is scored", where=given[0], hint=hint)
     setting = Setting.of(device_of(device), dtype)
     if tasks is not None:
         _run_tasks(open_model(model, override or ()), tasks.split(","), setting, task_folder or [], limit, as_json)

@@ -26,7 +26,7 @@ from quantkit.model import Model
 from quantkit.targets.gguf_gptq import COMPENSATED, OUTER, compensated, known, solvable
 from quantkit.targets.gguf_metadata import metadata_of
 from quantkit.targets.gguf_tensors import encoded, held, importance_of
-from quantkit.targets.layers import require_matches
+from quantkit.targets.layers import require_found, require_matches
 from quantkit.targets.learned import learned, require_behind
 from quantkit.targets.mixture_rules import MIXTURES, Shape
 from quantkit.targets.mixtures import choose, file_type, kind_of, quantizable, requires_imatrix
@@ -58,7 +58,9 @@ def plan_mixture(
     given = fitting_imatrix(choices.imatrix, model) if choices.imatrix else None
     shape = shape_of(model)
     present = [(t.name, t.shape, t.type) for t in tensors]
-    require_matches(choices.layers, [t.name for t in tensors if quantizable(t.name, t.shape)])
+    named = [t.name for t in tensors if quantizable(t.name, t.shape)]
+    require_matches(choices.layers, named)
+    require_found([pattern for pattern, _ in choices.tensor_types], named)
     types = choose(name, present, shape, imatrix=bool(given or calibration), choices=choices)
     rows, weighted = [], []
     for t, kind in zip(tensors, types, strict=True):

@@ -7,7 +7,7 @@ any characters. The first rule that matches counts; one that matches no tensor i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -37,9 +37,19 @@ def require_matches(rules: Iterable[LayerRule], names: Iterable[str]) -> None:
     """UsageError for a rule that matches none of `names`, with the nearest that there are."""
     names = list(names)
     for rule in rules:
-        if any(rule.matches(name) for name in names):
-            continue
-        stems = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight")) for name in names))
-        near = get_close_matches(rule.pattern, stems + [stem.rpartition(".")[2] for stem in stems], 3, 0.4)
-        hint = f"near it: {', '.join(dict.fromkeys(near))}" if near else f"names are such as {names[0]}"
-        raise UsageError(f"the pattern {rule.pattern!r} matches no tensor", where="layers", hint=hint)
+        if not any(rule.matches(name) for name in names):
+            raise _unmatched(rule.pattern, names, "layers")
+
+
+def require_found(patterns: Iterable[re.Pattern[str]], names: Sequence[str]) -> None:
+    """The same for a regular expression that is found in none of them."""
+    for pattern in patterns:
+        if not any(pattern.search(name) for name in names):
+            raise _unmatched(pattern.pattern, names, "--tensor-type")
+
+
+def _unmatched(pattern: str, names: Sequence[str], where: str) -> UsageError:
+    stems = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight")) for name in names))
+    near = get_close_matches(pattern, stems + [stem.rpartition(".")[2] for stem in stems], 3, 0.4)
+    hint = f"near it: {', '.join(dict.fromkeys(near))}" if near else f"names are such as {names[0]}"
+    return UsageError(f"the pattern {pattern!r} matches no tensor", where=where, hint=hint)
