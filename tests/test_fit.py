@@ -55,7 +55,7 @@ def test_the_divergence_of_a_small_change_is_foretold(source, tmp_path, name):
     after = log_probabilities(write_toy(tmp_path / "Changed.F32.gguf", model, T.F32), ids)
     true = (before.exp() * (before - after)).sum(1).mean().item()
     rows = torch.arange(len(weight)) if name != "embed_tokens" else ids.unique()
-    assert found[key].divergence(delta[rows], rows) == pytest.approx(true, rel=0.5)
+    assert found[key].divergence(delta[rows], rows) == pytest.approx(true, rel=0.25)
 
 
 def test_no_other_choice_of_its_size_is_better():
