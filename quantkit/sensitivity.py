@@ -47,7 +47,7 @@ def fisher(net: Network, ids: Tensor, seed: int) -> Iterator[tuple[str, Mapping[
     those of the gradient: a change of a token's row is a change of the predictions where it stands. Raises Unsupported
     for mixtures of experts.
     """
-    if any(ref.placed.expert is not None for ref in net.model.tensors.values()):
+    if net.model.experts:
         raise Unsupported("mixtures of experts cannot be fitted to a size yet", hint="choose a mixture such as Q4_K_M")
     with torch.no_grad():
         states = embed(net, ids[:ROWS])

@@ -97,6 +97,11 @@ class Model:
         """How many decoder blocks."""
         return self.config["num_hidden_layers"]
 
+    @property
+    def experts(self) -> int:
+        """How many experts a block has; 0 for a dense model."""
+        return 1 + max((-1 if r.placed.expert is None else r.placed.expert for r in self.tensors.values()), default=-1)
+
     def block(self, layer: int) -> dict[str, Ref]:
         """The tensors of one block by their names inside the block."""
         prefix = f"model.layers.{layer}."

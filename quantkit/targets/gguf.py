@@ -75,7 +75,7 @@ def plan_mixture(
         weighted += [t.name] if seen and solver in ("ggml", *COMPENSATED) and kind not in UNWEIGHTED else []
     calibrated = bool(weighted) and given is None
     compensating = [r for r in rows if r.solver in COMPENSATED]
-    behind = bool(compensating) and choices.inputs == "quantized" and not shape.experts
+    behind = bool(compensating) and choices.behind(model)
     metadata = described(model, name)
     if choices.imatrix and given and weighted:
         metadata |= imatrix_keys(choices.imatrix.name, given.datasets, len(given.sums), given.chunks)
@@ -165,8 +165,7 @@ def shape_of(model: Model) -> Shape:
     heads, kv = model.config["num_attention_heads"], model.config["num_key_value_heads"]
     llama_70b = model.arch.gguf == "llama" and model.layers == 80 and heads != kv  # LLM_TYPE_70B, llama-model.cpp
     tied = bool(model.config.get("tie_word_embeddings"))
-    experts = model.config.get("num_local_experts") or model.config.get("num_experts") or 0
-    return Shape(heads // kv, experts, llama_70b, tied)
+    return Shape(heads // kv, model.experts, llama_70b, tied)
 
 
 def described(model: Model, name: str) -> dict[str, Value]:

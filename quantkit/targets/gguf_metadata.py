@@ -27,12 +27,11 @@ def metadata_of(model: Model) -> dict[str, Value]:
     experts = [r for r in model.tensors.values() if r.placed.expert is not None]
     each = sum(prod(r.shape) for r in experts if r.placed.expert == 0)
     shared = model.parameters - sum(prod(r.shape) for r in experts)
-    count = 1 + max((r.placed.expert or 0 for r in experts), default=-1)
     keys: dict[str, Any] = {
         Keys.General.ARCHITECTURE: model.arch.gguf,
         Keys.General.TYPE: "model",
         Keys.General.NAME: model.name,
-        Keys.General.SIZE_LABEL: size_label(model.parameters, shared, each, count),
+        Keys.General.SIZE_LABEL: size_label(model.parameters, shared, each, model.experts),
     }
     keys |= model.arch.config_to_gguf(model.config)
     keys |= gguf_tokenizer(model.files, model.config["vocab_size"])

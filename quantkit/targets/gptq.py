@@ -18,7 +18,7 @@ from quantkit.model import Model
 from quantkit.model.mixed import dynamic
 from quantkit.solvers.gptq import DAMP
 from quantkit.targets.folder import linear, require_multiples
-from quantkit.targets.grids import NAME, Asked, asked_of, behind, of_stem, solved_folder
+from quantkit.targets.grids import NAME, Asked, asked_of, of_stem, solved_folder
 from quantkit.targets.target import Calibration, Choices, Family, Output
 
 
@@ -42,7 +42,7 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
         "format": layout,
         "pack_dtype": "int32",
         "static_groups": False,
-        "true_sequential": behind(model, choices),
+        "true_sequential": choices.behind(model),
         "damp_percent": DAMP,
     }
     changed = dynamic({n.removesuffix(".weight"): asked.bits_of(n) for n in linear(model)}, asked.bits)

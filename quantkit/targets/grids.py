@@ -128,18 +128,6 @@ def note_of(model: Model, asked: Asked, family: str) -> str:
     return asked.why
 
 
-def behind(model: Model, choices: Choices) -> bool:
-    """Whether solvers see the activations behind what is quantized already.
-
-    Not in a mixture of experts: there a token may reach another expert than in the source, and has no counterpart.
-    """
-    return choices.inputs == "quantized" and not _mixture(model)
-
-
-def _mixture(model: Model) -> bool:
-    return any(r.placed.expert is not None for r in model.tensors.values())
-
-
 def of_stem(name: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parts of a matrix by the names that they have in a file."""
     stem = name.removesuffix(".weight")
@@ -163,11 +151,11 @@ def solved_folder(
     note = asked.why if scaled else note_of(model, asked, "ct" if format == "compressed-tensors" else "gptq")
     if scaled:
         note += "; columns scaled as AWQ does, then solved"
-    if choices.inputs == "quantized" and _mixture(model):
+    if choices.inputs == "quantized" and model.experts:
         note += "; calibrated on the source's activations, as mixtures of experts are"
     planned = {n: parts(n, r.shape, asked) for n, r in linear(model).items()}
     solve, solver = solving(asked, kept, pack, scaled), choices.solver or "gptq"
-    below = behind(model, choices)
+    below = choices.behind(model)
     if solver == LEARNED:
         require_behind(below, target)
         solve, note = learned(solve), f"{note}; ranges learned block by block"

@@ -53,7 +53,14 @@ class Choices:
     layers: tuple[LayerRule, ...] = ()  # types of single layers; go before all else
     bits: tuple[LayerRule, ...] = ()  # bits of single layers, for GPTQ and compressed-tensors
     solver: str | None = None  # gptq: error compensation for GGUF types and AWQ; awq+gptq, learned: more than that
-    inputs: str = "quantized"  # what solvers of packed folders are calibrated on: quantized (the prefix) or source
+    inputs: str = "quantized"  # what solvers are calibrated on: quantized (the prefix) or source
+
+    def behind(self, model: Model) -> bool:
+        """Whether solvers see the activations behind what is quantized already.
+
+        Not in a mixture of experts: there a token may reach another expert than in the source, and has no counterpart.
+        """
+        return self.inputs == "quantized" and not model.experts
 
 
 @dataclass(frozen=True)
