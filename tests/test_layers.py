@@ -38,7 +38,8 @@ ALLOWED = {
     "targets": {"model", "arch", "codecs", "files", "solvers", "stats"},
     "recipe": {"hardware", "resources", "codecs", "targets"},
     "importance": {"activations", "files", "forward", "model", "stats", "targets"},
-    "plan": {"activations", "codecs", "targets", "model", "recipe", "evaluate", "forward", "prefix", "solvers"},
+    "plan": {"activations", "codecs", "targets", "model", "recipe", "evaluate", "forward", "prefix", "solvers"}
+    | {"sensitivity"},
     "journal": {"cache", "files", "model", "targets"},
     "verify": {"targets", "model", "codecs", "files"},
     "walk": {"activations", "codecs", "forward", "model", "prefix", "stats", "targets"},
@@ -55,7 +56,7 @@ ALLOWED = {
     "fit": {"forward", "sensitivity"},
     "fit_plots": {"fit", "plots"},
     "fit_types": {"codecs", "files", "fit", "forward", "model", "sensitivity", "solvers", "targets"},
-    "sizing": {"events", "fit", "fit_types", "forward", "model", "recipe", "targets"},
+    "sizing": {"events", "fit", "fit_types", "forward", "model", "recipe", "sensitivity", "targets"},
     "report": {"cache", "corpus", "events", "evaluate", "model", "recipe", "targets"},
 }
 
