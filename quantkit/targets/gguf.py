@@ -25,7 +25,7 @@ from quantkit.files.imatrix import Imatrix, read_imatrix
 from quantkit.model import Model
 from quantkit.targets.gguf_gptq import COMPENSATED, OUTER, compensated, known, solvable
 from quantkit.targets.gguf_metadata import metadata_of
-from quantkit.targets.gguf_tensors import encoded, held, importance_of
+from quantkit.targets.gguf_tensors import Held, encoded, held, importance_of
 from quantkit.targets.layers import require_found, require_matches
 from quantkit.targets.learned import learned, require_behind
 from quantkit.targets.mixture_rules import MIXTURES, Shape
@@ -50,29 +50,13 @@ def plan_mixture(
     matrix and there is none for its tensor.
     """
     tensors = held(model)
-    if choices.solver not in (None, *COMPENSATED):
-        raise UsageError(f"a GGUF is not solved by {choices.solver}", where=name, hint="use --solver gptq, or a folder")
-    if choices.solver and (choices.imatrix or not calibration):
-        what = f"the solver {choices.solver} needs a calibration"
-        raise UsageError(what, where=name, hint="do without --imatrix, or --solver")
+    _require_solvable(name, calibration, choices)
     given = fitting_imatrix(choices.imatrix, model) if choices.imatrix else None
-    shape = shape_of(model)
-    present = [(t.name, t.shape, t.type) for t in tensors]
     named = [t.name for t in tensors if quantizable(t.name, t.shape)]
     require_matches(choices.layers, named)
     require_found([pattern for pattern, _ in choices.tensor_types], named)
-    types = choose(name, present, shape, imatrix=bool(given or calibration), choices=choices)
-    rows, weighted = [], []
-    for t, kind in zip(tensors, types, strict=True):
-        same = kind == t.type and model.gguf is not None
-        solver = "copy" if same else "cast" if lookup(kind).block == 1 else "ggml"
-        if solver == "ggml" and choices.solver and solvable(t.name, kind, len(t.parts), shape.experts):
-            solver = choices.solver
-        rows.append(Row(t.name, t.source, t.shape, t.type, kind, solver, tensor_nbytes(t.name, t.shape, kind)))
-        seen = t.name in given.sums if given else bool(calibration and t.reads)
-        if solver == "ggml" and not seen and requires_imatrix(name, t.name, kind):
-            raise _blind(name, t.name, kind, choices.imatrix)
-        weighted += [t.name] if seen and solver in ("ggml", *COMPENSATED) and kind not in UNWEIGHTED else []
+    rows = _rows(name, tensors, model, choices, weighing=bool(given or calibration))
+    weighted = _weighted(name, tensors, rows, given, calibration, choices)
     calibrated = bool(weighted) and given is None
     compensating = [r for r in rows if r.solver in COMPENSATED]
     behind = bool(compensating) and choices.behind(model)
@@ -113,6 +97,47 @@ def plan_mixture(
         behind=behind,
         outer=outer,
     )
+
+
+def _require_solvable(name: str, calibration: Calibration | None, choices: Choices) -> None:
+    """UsageError for a solver that no GGUF has, or that has nothing to calibrate on."""
+    if choices.solver not in (None, *COMPENSATED):
+        raise UsageError(f"a GGUF is not solved by {choices.solver}", where=name, hint="use --solver gptq, or a folder")
+    if choices.solver and (choices.imatrix or not calibration):
+        what = f"the solver {choices.solver} needs a calibration"
+        raise UsageError(what, where=name, hint="do without --imatrix, or --solver")
+
+
+def _rows(name: str, tensors: Sequence[Held], model: Model, choices: Choices, weighing: bool) -> list[Row]:
+    """Each tensor with the type that the mixture gives it, and who encodes it."""
+    shape, rows = shape_of(model), []
+    types = choose(name, [(t.name, t.shape, t.type) for t in tensors], shape, weighing, choices)
+    for t, kind in zip(tensors, types, strict=True):
+        same = kind == t.type and model.gguf is not None
+        solver = "copy" if same else "cast" if lookup(kind).block == 1 else "ggml"
+        if solver == "ggml" and choices.solver and solvable(t.name, kind, len(t.parts), shape.experts):
+            solver = choices.solver
+        rows.append(Row(t.name, t.source, t.shape, t.type, kind, solver, tensor_nbytes(t.name, t.shape, kind)))
+    return rows
+
+
+def _weighted(
+    name: str,
+    tensors: Sequence[Held],
+    rows: Sequence[Row],
+    given: Imatrix | None,
+    calibration: Calibration | None,
+    choices: Choices,
+) -> set[str]:
+    """The tensors that are encoded under importance; UsageError where a type needs it and there is none."""
+    weighted = set()
+    for t, row in zip(tensors, rows, strict=True):
+        seen = t.name in given.sums if given else bool(calibration and t.reads)
+        if row.solver == "ggml" and not seen and requires_imatrix(name, t.name, row.type):
+            raise _blind(name, t.name, row.type, choices.imatrix)
+        if seen and row.solver in ("ggml", *COMPENSATED) and row.type not in UNWEIGHTED:
+            weighted.add(t.name)
+    return weighted
 
 
 def laid_out(
