@@ -52,6 +52,19 @@ def test_errors_are_less_than_half_of_ggmls_own(name, stats):
     assert solution.fallback == "" and solution.loss < 0.5 * solution.log["loss_rounded"]
 
 
+@pytest.mark.parametrize("name", LADDERS)
+def test_a_weight_on_the_grid_stays_there(name, stats):
+    """As one dequantized to fp16 is, though what it is fed has drifted and another weight would make up for that."""
+    codec = lookup(name)
+    weight = decode(name, encode(name, some_weight(9)), (N, K)).half().float()
+    drifted = Stats(stats.gram, stats.absum, stats.rows, stats.gram * 0.2)
+    solution = ladder_gptq(weight, drifted, codec)
+    assert solution.log["order"] == "none: it lies on the grid" and solution.fallback == ""
+    assert torch.equal(solution.quantized.raw, encode(name, weight, stats.importance))
+    off = ladder_gptq(weight + 0.01 * some_weight(10).sign(), drifted, codec)
+    assert off.log["order"] != solution.log["order"]
+
+
 @pytest.mark.parametrize("name", ["Q2_K", "IQ4_XS"])
 def test_going_over_it_again_never_makes_it_worse(name, stats, monkeypatch):
     """On the objective that is descended: the damped Hessian's."""

@@ -10,6 +10,8 @@ Blocks are visited by falling diag(H), as the groups of `gptq` are. When a block
 Then `_descend` goes over the blocks again under the whole H. It is coordinate descent on tr(delta H delta^T): a row's
 d, dmin, one integer scale, one minimum or one code at a time, all else as it is. The error is a parabola in each, so
 the best value that the struct can hold is the one nearest to the vertex, and the error never grows.
+A weight that lies on the grid already, since it was dequantized from that type, is left where it is: ggml finds its
+codes again, and a solver that weighs outputs would move off them.
 Rows are independent of one another: each thread solves its share of them.
 """
 
@@ -29,6 +31,8 @@ DAMP = 0.15  # of the mean diagonal, added to the diagonal
 OWN_ROUNDS = 2  # of `_descend` over a block before its errors are handed on
 ROUNDS = 2  # of `_descend` over all blocks
 SLAB, SLAB_ELSEWHERE = 1 << 24, 1 << 28  # weights that are solved at a time: an embedding has many rows
+FOUND_AGAIN = 0.05  # over levels^2: the share of its energy that ggml loses of a weight on the grid; off it, some 2
+FEW = 32  # rows that are looked at first
 CHUNK = 32  # columns that are updated one by one; those behind them are by one product
 
 
@@ -77,6 +81,8 @@ def ladder_gptq(weight: Tensor, stats: Stats, codec: Codec, damp: float = DAMP) 
     weight, gram = weight.float(), stats.gram
     if not bool(gram.any()):
         return _by_ggml(weight, stats, codec, 0.0, "no calibration token reached it")
+    if on_grid(weight, stats, codec):
+        return replace(_by_ggml(weight, stats, codec, 0.0, ""), order="none: it lies on the grid")
     order = group_aware_order(seen(gram), codec.block)
     upper, damp = inverse_factor(gram, damp, order)
     if upper is None:
@@ -87,6 +93,17 @@ def ladder_gptq(weight: Tensor, stats: Stats, codec: Codec, damp: float = DAMP) 
     made = taken(found, goal, gram)
     better = bool(made.sum() < by_ggml.errors.sum())
     return replace(by_ggml, quantized=found, errors=made, fallback="") if better else by_ggml
+
+
+def on_grid(weight: Tensor, stats: Stats, codec: Codec) -> bool:
+    """Whether ggml gives `weight` (N, K) back as it is, but for the last bits of scales."""
+    assert codec.ladder is not None
+    bound = FOUND_AGAIN / len(codec.ladder.levels) ** 2
+    for rows in (weight[:: -(-len(weight) // FEW)], weight):
+        missed = Encoded(codec, encode(codec.name, rows, stats.importance)).dequantize() - rows
+        if missed.square().sum() > bound * rows.square().sum():
+            return False
+    return True
 
 
 def _by_ggml(weight: Tensor, stats: Stats, codec: Codec, damp: float, why: str) -> Solution[Encoded]:
