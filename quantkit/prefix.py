@@ -24,7 +24,7 @@ from quantkit.activations import readers
 from quantkit.forward import Network, States
 from quantkit.later import Tensor, nn, no_grad, torch
 from quantkit.model import Model
-from quantkit.solvers.learned import Factors, Ranged, learn
+from quantkit.solvers.learned import HELD_OUT, Factors, Ranged, learn
 from quantkit.stats import Stats
 
 KEPT_BYTES = 2 << 30  # for each of the two, in CPU memory; what goes beyond it is computed again
@@ -138,7 +138,8 @@ class Inputs(Mapping[str, Stats]):
     def learn(self, ranged: Mapping[str, Ranged]) -> tuple[dict[str, Factors], float]:
         """Factors of the ranges of the block's matrices by HF name, and the share of the block's error that is left.
 
-        They are 1 where learning did no better on the calibration rows. What is solved of the block is kept as it is.
+        The last of the calibration rows are held out: the share is theirs, and factors are 1 where learning did no
+        better on them. What is solved of the block is kept as it is.
         """
         self.reached.clear()  # these are of weights that change now
         self.left.clear()
@@ -155,11 +156,13 @@ class Inputs(Mapping[str, Stats]):
         def error(factors: Mapping[str, Factors]) -> float:
             made = {name: r.done(factors[name]).value for name, r in ranged.items()}
             with torch.no_grad():
-                parts = [list(range(len(goal)))[part] for part in self.behind.batches()]
-                return sum(loss(made, rows).item() * len(rows) for rows in parts)
+                parts = [range(len(goal))[part] for part in self.behind.batches()]
+                held = [rows for part in parts if (rows := [r for r in part if r >= seen])]
+                return sum(loss(made, rows).item() * len(rows) for rows in held)
 
+        seen = len(goal) - max(1, len(goal) // HELD_OUT) if len(goal) > 1 else 0  # one row alone serves for both
         unmoved = {name: r.unmoved() for name, r in ranged.items()}
-        learned = learn(ranged, loss, len(goal), seed=self.layer)
+        learned = learn(ranged, loss, seen or len(goal), seed=self.layer)
         before, after = error(unmoved), error(learned)
         return (learned, after / before) if after < before else (unmoved, 1.0)
 

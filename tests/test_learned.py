@@ -76,6 +76,21 @@ def test_scales_of_an_integer_grid_take_factors():
     assert torch.equal(tiny.times(torch.full((4, 4), 0.5)).scales, tiny.scales)
 
 
+@pytest.fixture
+def none_held_out(monkeypatch):
+    """A toy's rows teach nothing about one another: learned from all, and judged by all, they move its ranges."""
+    monkeypatch.setattr("quantkit.prefix.HELD_OUT", 1)
+
+
+def test_what_holds_for_no_other_rows_is_not_learned(q8_0, tmp_path):
+    made(q8_0, tmp_path / "plain", "--to", "gptq-2bit-64g")
+    report = made(q8_0, tmp_path / "learned", "--to", "gptq-2bit-64g", "--solver", "learned")
+    a, b = (load_file(tmp_path / how / "gptq-2bit-64g" / "model.safetensors") for how in ("plain", "learned"))
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    assert {t["block_left"] for t in report["variants"][0]["tensors"] if "block_left" in t} == {1.0}
+
+
+@pytest.mark.usefixtures("none_held_out")
 def test_gptq_folders_keep_their_codes_and_lose_less_of_each_block(q8_0, tmp_path):
     plain = made(q8_0, tmp_path / "plain", "--to", "gptq-2bit-64g")
     report = made(q8_0, tmp_path / "learned", "--to", "gptq-2bit-64g", "--solver", "learned")
@@ -90,6 +105,7 @@ def test_gptq_folders_keep_their_codes_and_lose_less_of_each_block(q8_0, tmp_pat
     assert "block_left" in table[0].split(",") and len(table) == 1 + 3 * 7
 
 
+@pytest.mark.usefixtures("none_held_out")
 @pytest.mark.parametrize("target", ["awq-4bit-64g", "ct-4bit-64g-asym", "gptq-4bit-64g-desc", "Q4_K_M", "Q3_K_M"])
 def test_every_target_that_is_solved_can_be_learned(q8_0, tmp_path, target):
     report = made(q8_0, tmp_path / "out", "--to", target, "--solver", "learned")
@@ -98,6 +114,7 @@ def test_every_target_that_is_solved_can_be_learned(q8_0, tmp_path, target):
     assert open_model(tmp_path / "out" / variant["path"]).parameters
 
 
+@pytest.mark.usefixtures("none_held_out")
 def test_the_same_seed_makes_the_same_bytes(q8_0, tmp_path):
     for name in ("a", "b"):
         made(q8_0, tmp_path / name, "--to", "gptq-3bit-64g", "--solver", "learned")
@@ -122,7 +139,7 @@ def three_threads():
     torch.set_num_threads(count)
 
 
-@pytest.mark.usefixtures("three_threads")
+@pytest.mark.usefixtures("three_threads", "none_held_out")
 @pytest.mark.parametrize(("target", "ending"), [("gptq-2bit-64g", "safetensors"), ("Q4_0", "gguf")])
 def test_a_run_that_was_ended_goes_on_and_makes_the_same_bytes(q8_0, tmp_path, monkeypatch, target, ending):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -20,6 +20,7 @@ from quantkit.later import Tensor, torch
 ITERATIONS = 40
 ROWS = 4  # calibration rows to a step
 RATE = 0.01  # of a factor of 1, at the first step; it falls to nothing
+HELD_OUT = 8  # one of so many rows is not learned from, and tells whether the others taught anything
 FARTHEST = 0.5  # how far a factor may go from 1
 
 Factors = tuple[Tensor, ...]
