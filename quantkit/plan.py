@@ -21,7 +21,7 @@ from quantkit.later import Device, on_cpu, torch
 from quantkit.model import Model
 from quantkit.prefix import KEPT_BYTES
 from quantkit.recipe import Recipe, target_bytes
-from quantkit.solvers.learned import ITERATIONS, ROWS
+from quantkit.solvers.learned import HELD_OUT, ITERATIONS, ROWS
 from quantkit.targets import Calibration, Output, plan_output
 from quantkit.targets.folder import linear
 
@@ -261,9 +261,10 @@ def _seconds(model: Model, recipe: Recipe, outputs: tuple[Output, ...], device: 
     if calibrated:
         tokens = recipe.samples * recipe.seqlen
         per_column = sum(2 * r.shape[0] * r.shape[1] ** 2 for r in linear(model).values())
-        flops = 2 * tokens * (params + model.layers * sum(k * k for k in widths(model)))
-        learned = sum(o.lasting for o in outputs)  # a pass forth and back is three forth; three more are over all rows
-        flops += 6 * learned * params * recipe.seqlen * (ITERATIONS * ROWS + recipe.samples)
+        flops: float = 2 * tokens * (params + model.layers * sum(k * k for k in widths(model)))
+        # A pass forth and back is three forth; there is one over all rows besides, and two over those held out.
+        passes = 3 * ITERATIONS * ROWS + recipe.samples * (1 + 2 / HELD_OUT)
+        flops += 2 * sum(o.lasting for o in outputs) * params * recipe.seqlen * passes
         solving += (flops + per_column * sum(_PRODUCTS.get(o.format, 0) for o in outputs)) / speed
     stages = {"calibrating and solving" if calibrated else "writing": solving}
     stages |= {f"verifying {o.target}": reading for o in outputs}

@@ -24,7 +24,7 @@ from quantkit.activations import readers
 from quantkit.forward import Network, States
 from quantkit.later import Tensor, nn, no_grad, torch
 from quantkit.model import Model
-from quantkit.solvers.learned import HELD_OUT, Factors, Ranged, learn
+from quantkit.solvers.learned import HELD_OUT, ROWS, Factors, Ranged, learn
 from quantkit.stats import Stats
 
 KEPT_BYTES = 2 << 30  # for each of the two, in CPU memory; what goes beyond it is computed again
@@ -148,6 +148,9 @@ class Inputs(Mapping[str, Stats]):
             for part in self.source.batches():
                 goal[part] = self._run(theirs, self.source.hidden[part].to(self.net.device)).to(goal.device)
 
+        held = range(len(goal) - max(1, len(goal) // HELD_OUT), len(goal))
+        taught = range(held.start) or held  # one row alone serves for both
+
         def loss(weights: Mapping[str, Tensor], rows: list[int]) -> Tensor:
             wanted, device = goal[rows].to(self.net.device), self.net.device
             made = self._run(self._parameters({**self.solved, **weights}), self.behind.hidden[rows].to(device))
@@ -156,13 +159,11 @@ class Inputs(Mapping[str, Stats]):
         def error(factors: Mapping[str, Factors]) -> float:
             made = {name: r.done(factors[name]).value for name, r in ranged.items()}
             with torch.no_grad():
-                parts = [range(len(goal))[part] for part in self.behind.batches()]
-                held = [rows for part in parts if (rows := [r for r in part if r >= seen])]
-                return sum(loss(made, rows).item() * len(rows) for rows in held)
+                parts = [list(held[at : at + ROWS]) for at in range(0, len(held), ROWS)]
+                return sum(loss(made, rows).item() * len(rows) for rows in parts)
 
-        seen = len(goal) - max(1, len(goal) // HELD_OUT) if len(goal) > 1 else 0  # one row alone serves for both
         unmoved = {name: r.unmoved() for name, r in ranged.items()}
-        learned = learn(ranged, loss, seen or len(goal), seed=self.layer)
+        learned = learn(ranged, loss, len(taught), seed=self.layer)
         before, after = error(unmoved), error(learned)
         return (learned, after / before) if after < before else (unmoved, 1.0)
 
