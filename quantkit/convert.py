@@ -127,7 +127,7 @@ def _solve(
     if net and calibration is not None and any(p.output.outer for p in products):
         known = outer_statistics(net, calibration, seed=0)
     for done, name in enumerate(outer):
-        yield from each(products, _outside(model, name, known, device, calibration is not None))
+        yield from each(products, _outside(model, name, known, device))
         yield Progress(stage, done + 1, total)
     states = embed(net, calibration) if net and calibration is not None else None
     rows: dict[str, States] = {}
@@ -148,11 +148,14 @@ def _solve(
         yield Progress(stage, len(outer) + step.layer + 1, total)
 
 
-def _outside(model: Model, name: str, known: dict[str, Stats], device: Device, calibrated: bool) -> Piece:
-    """One tensor outside the blocks, with what is known of what it reads."""
+def _outside(model: Model, name: str, known: dict[str, Stats], device: Device) -> Piece:
+    """One tensor outside the blocks; where it is known what it reads, it is held to be solved."""
     refs = {name: model.tensors[name]}
-    stats = {name: known[name]} if name in known else {}
-    return Piece(model, refs, held(refs, device) if calibrated else {}, stats, device)
+    return (
+        Piece(model, refs, held(refs, device), {name: known[name]}, device)
+        if name in known
+        else Piece(model, refs, {}, {}, device)
+    )
 
 
 def _own_rows(p: Product, net: Network, states: States, calibration: Tensor) -> States:

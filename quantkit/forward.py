@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -183,16 +184,21 @@ class States:
 def embed(net: Network, ids: Tensor, embedding: Tensor | None = None) -> States:
     """Token ids (n, T) -> the hidden states before the first block, of the model's embedding or of one in its place.
 
-    Masks and rotary embeddings are taken from a call with one sequence: all have the same length and no padding.
+    Of the embedding, the tokens that there are are read and no others, which are few of a large vocabulary. Masks and
+    rotary embeddings are taken from a call with one sequence: all have the same length and no padding.
     """
     base = net.base
-    blocks, norm, rotary = base.layers, base.norm, base.rotary_emb
+    blocks, norm, rotary, tokens = base.layers, base.norm, base.rotary_emb, base.embed_tokens
     notes = [_taking_notes() for _ in blocks]
+    used, ids = ids.unique(return_inverse=True)
+    weight = net.model.tensors[EMBEDDING].some(used) if embedding is None else embedding[used.to(embedding.device)]
     try:
         base.layers, base.norm = nn.ModuleList(notes), nn.Identity()
         base.rotary_emb = type(rotary)(config=base.config).to(net.device)
+        base.embed_tokens = deepcopy(tokens)  # empty as it is
         net.set_buffers(base.embed_tokens)
-        net.filled(base.embed_tokens, {"weight": net.outer(EMBEDDING) if embedding is None else embedding})
+        base.embed_tokens.padding_idx = None  # may lie beyond these rows
+        base.embed_tokens.weight = nn.Parameter(weight.to(net.device, net.dtype))
         step = max(1, net.batch_tokens // ids.shape[1])
         hidden = torch.cat(
             [base(input_ids=part.to(net.device), use_cache=False).last_hidden_state.cpu() for part in ids.split(step)]
@@ -200,8 +206,7 @@ def embed(net: Network, ids: Tensor, embedding: Tensor | None = None) -> States:
         base(input_ids=ids[:1].to(net.device), use_cache=False)
         return States(hidden, tuple(n.kwargs for n in notes), net.batch_tokens)
     finally:
-        base.layers, base.norm, base.rotary_emb = blocks, norm, rotary
-        base.embed_tokens.to("meta")
+        base.layers, base.norm, base.rotary_emb, base.embed_tokens = blocks, norm, rotary, tokens
 
 
 @no_grad

@@ -17,6 +17,7 @@ from quantkit.files.raw import seal
 from quantkit.forward import EMBEDDING, Network, States
 from quantkit.journal import Entry, Journal
 from quantkit.later import Device, Tensor
+from quantkit.model import in_rows
 from quantkit.prefix import Inputs
 from quantkit.seal import check_seals
 from quantkit.targets import Output, Piece, Solved
@@ -113,7 +114,7 @@ def each(products: list[Product], piece: Piece, made: list[Solved] | None = None
 
 def _store(p: Product, solved: Solved) -> None:
     value = None if p.output.sealed else solved.value
-    p.digests[solved.source] = seal(solved.parts.values()) if value is None else digest(value)
+    p.digests[solved.source] = seal(solved.parts.values()) if value is None else digest(in_rows(value), value.shape)
     for name, part in solved.parts.items():
         p.writer.write(name, part)
 

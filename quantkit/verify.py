@@ -1,28 +1,29 @@
 """Every output is read back from disk before it gets its name, and compared with what the solver returned.
 
-Packed folders are taken apart by `codecs.packed.unpack_*`, GGUF blocks by the torch decoders: neither is the code that
-wrote them. What is compared is a hash of the float32 weight each tensor stands for, so nothing has to be kept.
+Packed folders are taken apart by `codecs.packed.unpack_*`, which is not the code that wrote them. What is compared is a
+hash of the float32 weight each tensor stands for, so nothing has to be kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 
-from quantkit.codecs import decode_torch, lookup
-from quantkit.errors import QuantkitError, VerifyError
+from quantkit.codecs import Rows, slabs
+from quantkit.errors import BadInput, QuantkitError, VerifyError
 from quantkit.files.raw import seal
-from quantkit.later import Tensor, torch
 from quantkit.model import Model, open_model
 from quantkit.targets import Output, Row
+from quantkit.targets.target import finite
 
-AT_ONCE = 2  # tensors that are read back: each takes a few times its size in float32
+AT_ONCE = 2  # tensors that are read back: packed, each takes a few times its size in float32
 
 
-def digest(value: Tensor) -> str:
-    """A hash of a weight's float32 values; the sign of a zero does not count."""
-    return seal([value.detach().float() + 0.0])
+def digest(rows: Rows, shape: tuple[int, ...]) -> str:
+    """A hash of the float32 values of a weight of `shape`; the sign of a zero does not count."""
+    return seal(rows(part).detach().float() + 0.0 for part in slabs(prod(shape) // shape[-1], shape[-1]))
 
 
 def reopened(output: Output, path: Path) -> Model:
@@ -49,22 +50,15 @@ def verify(output: Output, path: Path, digests: Mapping[str, str]) -> Iterator[s
     model = reopened(output, path)
 
     def check(row: Row) -> str | None:
-        value = _read(model, row)
-        if not bool(torch.isfinite(value).all()):
-            return f"the tensor {row.name} holds values that are not finite"
-        if digest(value) != digests[row.source]:
-            return f"the tensor {row.name} does not read back as it was solved"
-        return None
+        rows = model.tensors[row.source].rows()
+        try:
+            found = digest(lambda part: finite(row.name, rows(part)), row.shape)
+        except BadInput as e:
+            return f"the tensor {row.name} {e.what}"
+        return None if found == digests[row.source] else f"the tensor {row.name} does not read back as it was solved"
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for row, fault in zip(output.rows, pool.map(check, output.rows), strict=True):
             if fault:
                 raise VerifyError(fault, where=output.path)
             yield row.name
-
-
-def _read(model: Model, row: Row) -> Tensor:
-    if model.gguf is None:
-        return model.tensors[row.source].read()
-    info = model.gguf.tensors[row.name]
-    return decode_torch(lookup(info.type), model.gguf.raw(info.name)).view(info.shape)

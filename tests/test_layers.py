@@ -45,7 +45,7 @@ ALLOWED = {
     "walk": {"activations", "codecs", "forward", "model", "prefix", "stats", "targets"},
     "seal": {"targets", "model", "codecs", "files", "verify"},
     "events": {"evaluate", "targets"},
-    "product": {"events", "files", "forward", "journal", "prefix", "seal", "targets", "verify", "walk"},
+    "product": {"events", "files", "forward", "journal", "model", "prefix", "seal", "targets", "verify", "walk"},
     "convert": {"plan", "targets", "model", "files", "forward", "evaluate", "stats", "corpus", "events", "importance"}
     | {"journal", "prefix", "product", "sensitivity", "walk"},
     "selfcal": {"cache", "forward", "model", "corpus", "files"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from quantkit import arch as families
 from quantkit.arch.facts import facts_of, stated
 from quantkit.arch.schema import Placed
 from quantkit.chat import ChatTemplate
+from quantkit.codecs import CODECS, Bytes
 from quantkit.codecs.packed import AWQ_PARTS, COMPRESSED_PARTS, GPTQ_PARTS, unpack_awq, unpack_compressed, unpack_gptq
 from quantkit.errors import BadInput, FormatError, Unsupported
 from quantkit.files.safetensors import Folder, open_folder
@@ -93,7 +95,12 @@ def _dense_ref(folder: Folder, placed: Placed, _: Mapping[str, Any]) -> Ref:
             where=folder.path,
             hint="the folder is damaged or mislabelled",
         )
-    return Ref(placed, entry.type, entry.nbytes, lambda: folder.read(placed.hf).float())
+
+    def stored() -> Bytes:
+        return folder.stored(placed.hf).reshape(prod(placed.shape[:-1]), -1)
+
+    plain = entry.type in CODECS  # as F64 is not
+    return Ref(placed, entry.type, entry.nbytes, lambda: folder.read(placed.hf).float(), stored if plain else None)
 
 
 def _packed_ref(

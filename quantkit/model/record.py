@@ -12,7 +12,7 @@ from typing import Any
 from quantkit.arch.schema import Architecture, Placed
 from quantkit.arch.tokenizer import Tokenizer, load_tokenizer
 from quantkit.chat import ChatTemplate
-from quantkit.codecs import Bytes, Rows, decoded
+from quantkit.codecs import Bytes, Rows, decode, decoded
 from quantkit.errors import BadInput
 from quantkit.files.gguf import GGUF
 from quantkit.later import Tensor, torch
@@ -23,8 +23,8 @@ from quantkit.model.hub import Pulled
 class Ref:
     """One tensor of a model. `read()` gives it as float32 in HF's row order; `type` is how the source stores it.
 
-    Of a GGUF, `stored()` gives the very bytes (rows, row_bytes) in HF's row order, where they need only be moved; a
-    tensor of one dimension is one row.
+    `stored()` gives the very bytes (rows, row_bytes) in HF's row order, of a GGUF where they need only be moved, of a
+    folder where they are plain floats; a tensor of one dimension is one row.
     """
 
     placed: Placed
@@ -41,6 +41,12 @@ class Ref:
     def rows(self) -> Rows:
         """The same, float32 in HF's row order, as rows that are read when they are asked for where that can be."""
         return decoded(self.type, torch.from_numpy(self.stored())) if self.stored else in_rows(self.read())
+
+    def some(self, rows: Tensor) -> Tensor:
+        """Some rows of a matrix, by their numbers: no others are read where that can be."""
+        if not self.stored:
+            return self.read()[rows]
+        return decode(self.type, torch.from_numpy(self.stored()[rows.numpy()]), (len(rows), self.shape[-1]))
 
 
 def in_rows(weight: Tensor) -> Rows:

@@ -81,8 +81,8 @@ def ladder_gptq(weight: Tensor, stats: Stats, codec: Codec, damp: float = DAMP) 
     weight, gram = weight.float(), stats.gram
     if not bool(gram.any()):
         return _by_ggml(weight, stats, codec, 0.0, "no calibration token reached it")
-    if on_grid(weight, stats, codec):
-        return replace(_by_ggml(weight, stats, codec, 0.0, ""), order="none: it lies on the grid")
+    if there := on_grid(weight, stats, codec):
+        return replace(_as_solution(there, weight, stats, 0.0, ""), order="none: it lies on the grid")
     order = group_aware_order(seen(gram), codec.block)
     upper, damp = inverse_factor(gram, damp, order)
     if upper is None:
@@ -95,19 +95,24 @@ def ladder_gptq(weight: Tensor, stats: Stats, codec: Codec, damp: float = DAMP) 
     return replace(by_ggml, quantized=found, errors=made, fallback="") if better else by_ggml
 
 
-def on_grid(weight: Tensor, stats: Stats, codec: Codec) -> bool:
-    """Whether ggml gives `weight` (N, K) back as it is, but for the last bits of scales."""
+def on_grid(weight: Tensor, stats: Stats, codec: Codec) -> Encoded | None:
+    """`weight` (N, K) as ggml encodes it, if that gives it back as it is, but for the last bits of scales."""
     assert codec.ladder is not None
     bound = FOUND_AGAIN / len(codec.ladder.levels) ** 2
+    encoded = None
     for rows in (weight[:: -(-len(weight) // FEW)], weight):
-        missed = Encoded(codec, encode(codec.name, rows, stats.importance)).dequantize() - rows
+        encoded = Encoded(codec, encode(codec.name, rows, stats.importance))
+        missed = encoded.dequantize() - rows
         if missed.square().sum() > bound * rows.square().sum():
-            return False
-    return True
+            return None
+    return encoded
 
 
 def _by_ggml(weight: Tensor, stats: Stats, codec: Codec, damp: float, why: str) -> Solution[Encoded]:
-    encoded = Encoded(codec, encode(codec.name, weight, stats.importance))
+    return _as_solution(Encoded(codec, encode(codec.name, weight, stats.importance)), weight, stats, damp, why)
+
+
+def _as_solution(encoded: Encoded, weight: Tensor, stats: Stats, damp: float, why: str) -> Solution[Encoded]:
     made = taken(encoded, weight, stats.gram)
     return Solution(encoded, made, made, taken(None, weight, stats.gram), damp, why)
 

@@ -23,7 +23,7 @@ from quantkit.targets.folder import fitting_group, folder_output, linear, reader
 from quantkit.targets.folding import fold
 from quantkit.targets.grids import Asked, of_stem, solved_folder
 from quantkit.targets.target import Calibration, Choices, Family, Output, Piece, Solved
-from quantkit.targets.unsolved import dense, weight_loss
+from quantkit.targets.unsolved import weight_loss
 
 
 def plan(match: re.Match[str], model: Model, calibration: Calibration | None, choices: Choices) -> Output:
@@ -52,17 +52,16 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
 
 def _solve(grid: Grid, piece: Piece) -> Iterator[Solved]:
     """Scale, clip and round a block."""
-    for activation, names in readers_of(piece).items():
+    groups = readers_of(piece)
+    for activation, names in groups.items():
         require_finite(piece.stats[activation], names[0])
     folded = fold(piece, lambda weights, stats: awq_scale(weights, stats, grid))
-    for name, weight in folded.weights.items():
-        placed = piece.refs[name].placed
-        if not placed.reads or placed.weight.kept:
-            yield dense(name, weight, torch.float16)
-            continue
-        stats, scale = piece.stats[placed.reads], folded.column(name)
+    for name in (n for n in piece.refs if not any(n in names for names in groups.values())):
+        yield folded.plain(piece, name)
+    for activation, name in ((activation, name) for activation, names in groups.items() for name in names):
+        weight, stats, scale = folded.weights[name], piece.stats[activation], folded.column(name)
         unseen = "" if bool(stats.absum.any()) else "no calibration token reached it"
-        if fallback := scarce(piece, placed.reads) or unseen:
+        if fallback := scarce(piece, activation) or unseen:
             q = weighted(weight, stats, grid)
         else:
             q = awq_round(weight, stats, grid, scale.expand(weight.shape[1]))

@@ -10,7 +10,7 @@ from quantkit.later import torch
 from quantkit.model import Model
 from quantkit.targets.folder import folder_output
 from quantkit.targets.target import Calibration, Choices, Family, Output, Piece, Solved
-from quantkit.targets.unsolved import dense_rows, straight
+from quantkit.targets.unsolved import dense, straight
 
 TYPES = {"fp16": ("float16", "F16"), "bf16": ("bfloat16", "BF16"), "fp32": ("float32", "F32")}  # torch's name, ggml's
 
@@ -26,7 +26,7 @@ def plan(match: re.Match[str], model: Model, calibration: Calibration | None, ch
                 width = ref.shape[-1]
                 yield straight(tensor, tensor, kind, numbers, prod(ref.shape) // width, width)
             else:
-                yield dense_rows(tensor, piece.rows(tensor), ref.shape, getattr(torch, dtype), piece.device)
+                yield dense(tensor, piece.rows(tensor), ref.shape, getattr(torch, dtype), piece.device)
 
     return folder_output(name, name, f"every tensor as {name}", model, {}, "cast", solve, dtype)
 

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from quantkit.later import Tensor, torch
+from quantkit.model import in_rows
 from quantkit.stats import Stats
 from quantkit.targets.folder import scarce
-from quantkit.targets.target import Piece, stacked
+from quantkit.targets.target import Piece, Solved, stacked
+from quantkit.targets.unsolved import dense
 
 Search = Callable[[Tensor, Stats], Tensor]  # weights (N, K) that read an activation, its statistics -> its scales (K,)
 
@@ -28,6 +30,11 @@ class Folded:
     def column(self, name: str) -> Tensor:
         """The scales of the columns of a matrix: (K,), or one 1 for all."""
         return self.columns.get(name, torch.ones(1, device=self.weights[name].device))
+
+    def plain(self, piece: Piece, name: str) -> Solved:
+        """A tensor that no solver works on, as fp16."""
+        rows = in_rows(self.weights[name]) if name in self.weights else piece.rows(name)
+        return dense(name, rows, piece.refs[name].shape, torch.float16, piece.device)
 
     def undone(self, name: str, value: Tensor) -> Tensor:
         """What `value`, solved for the folded matrix `name`, is in the block as it was."""

@@ -29,7 +29,6 @@ from quantkit.targets.folding import Folded, fold
 from quantkit.targets.layers import LayerRule, first_rule, require_matches
 from quantkit.targets.learned import learned, require_behind
 from quantkit.targets.target import LEARNED, Choices, Output, Piece, Solved, stacked
-from quantkit.targets.unsolved import dense
 
 BITS = (2, 3, 4, 8)  # what transformers' GPTQConfig accepts
 GROUPS = (16, 32, 64, 128, 256, 512, 1024)
@@ -184,8 +183,7 @@ def solving(
         members = {name for names in groups.values() for name in names}
         folded = fold(piece, search) if scaled else Folded(dict(piece.weights))
         for name in (n for n in piece.refs if n not in members):
-            weight = folded.weights[name] if name in folded.weights else piece.weight(name)
-            yield replace(dense(name, weight, torch.float16), unfolded=piece.weights.get(name) if scaled else None)
+            yield replace(folded.plain(piece, name), unfolded=piece.weights.get(name) if scaled else None)
         for activation, names in groups.items():
             for name in (n for n in names if n in kept):
                 weight = piece.weight(name)

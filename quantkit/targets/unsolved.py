@@ -9,18 +9,12 @@ from typing import Any
 from quantkit.codecs import Numbers, Rows, recode, share_out, slabs
 from quantkit.errors import BadInput
 from quantkit.later import Device, Tensor, torch
-from quantkit.model import in_rows
 from quantkit.stats import Stats, error, told
 from quantkit.targets.target import Solved
 
 
-def dense(name: str, weight: Tensor, dtype: torch.dtype) -> Solved:
-    """A tensor kept as plain numbers of `dtype`."""
-    return dense_rows(name, in_rows(weight), tuple(weight.shape), dtype, weight.device)
-
-
-def dense_rows(name: str, rows: Rows, shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> Solved:
-    """The same of a tensor of `shape` whose rows are given."""
+def dense(name: str, rows: Rows, shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> Solved:
+    """A tensor of `shape` whose rows are given, kept as plain numbers of `dtype`."""
     width = shape[-1]
     out = torch.empty(prod(shape) // width, width, dtype=dtype, device=device)
     loss = recoded(
