@@ -203,7 +203,8 @@ def _working_bytes(model: Model, recipe: Recipe, outputs: tuple[Output, ...], ba
         )
         folded = scaled or any(o.format == "awq" for o in outputs)
         solving = block * (below + folded) + statistics + 4 * most
-    return max(block + solving + _batch_bytes(model, batch), 5 * _largest(model), scoring)
+    outside = 5 if any(o.outer for o in outputs) else 1  # times the embedding: solved as a whole, or made in slabs
+    return max(block + solving + _batch_bytes(model, batch), outside * _largest(model), scoring)
 
 
 def _readers(model: Model) -> list[tuple[int, int, bool]]:

@@ -30,6 +30,7 @@ from quantkit.stats import Stats
 KEPT_BYTES = 2 << 30  # for each of the two, in CPU memory; what goes beyond it is computed again
 Notes = tuple[str, int]  # a module, and how many values it returns beside its first
 Place = tuple[int, str, int]  # of which rows, before which reader, from which row on
+Shelf = dict[tuple[str, int], Tensor]  # by reader and batch
 
 
 class _Seen(Exception):
@@ -46,13 +47,15 @@ class Kept:
 
     Of a reader that writes the residual stream, the stream behind it and not what it reads.
     `ends`: the readers whose outcome is what their module of the block returns first, such as self_attn.o_proj.
-    `first` is the number of the first batch that will be watched.
+    `first` is the number of the first batch that will be watched. `shelf` is the memory of an earlier block's that is
+    needed no more: tensors that are made anew for every block and live as long leave the heap full of holes.
     """
 
     by_path: dict[str, dict[int, Tensor]] = field(default_factory=lambda: defaultdict(dict))
     ends: dict[str, Notes] = field(default_factory=dict)
     room: int = field(default_factory=lambda: KEPT_BYTES)
     first: int = 0
+    shelf: Shelf = field(default_factory=dict)
 
     @contextmanager
     def watching(self, block: nn.Module, model: Model) -> Iterator[None]:
@@ -88,9 +91,13 @@ class Kept:
             self.by_path[path].update(batches)
 
     def _keep(self, path: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.room -= args[0].nbytes
+        x, number = args[0], self.first + len(self.by_path[path])
+        self.room -= x.nbytes
         if self.room >= 0:
-            self.by_path[path][self.first + len(self.by_path[path])] = args[0].cpu()
+            place = self.shelf.get((path, number))
+            if place is None or place.shape != x.shape or place.dtype != x.dtype:
+                place = self.shelf[path, number] = torch.empty_like(x, device="cpu")
+            self.by_path[path][number] = place.copy_(x)
 
 
 def prefix(states: States) -> States:

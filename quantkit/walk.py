@@ -18,7 +18,7 @@ from quantkit.codecs.sharing import ahead, all_at_once, background
 from quantkit.forward import Network, States, run
 from quantkit.later import Device, Tensor, on_cpu
 from quantkit.model import Model, Ref
-from quantkit.prefix import KEPT_BYTES, Kept, prefix
+from quantkit.prefix import KEPT_BYTES, Kept, Shelf, prefix
 from quantkit.stats import Stats
 from quantkit.targets.target import finite
 
@@ -42,7 +42,8 @@ def walk(
 ) -> Iterator[Step]:
     """Every block of the source; `states` are its calibration rows, which move behind each block as it is made.
 
-    `shared`: with statistics of the source's activations. `behind`: with what `Inputs` needs.
+    `shared`: with statistics of the source's activations. `behind`: with what `Inputs` needs, good until the next step
+    is asked for.
     """
     blocks = _blocks(model, held_at_all=states is not None)
     if states is None or net is None:
@@ -70,10 +71,13 @@ def _steps(
     behind: bool,
     share: Share,
 ) -> Iterator[Step]:
+    shelves: tuple[Shelf, Shelf] = ({}, {})  # that of one block serves the next but one, when it is done with
     for layer, (refs, read) in enumerate(blocks):
         weights = {name: w.to(device) for name, w in read.items()}
         before = prefix(states) if states and behind else None
-        found = _statistics(net, states, layer, weights, shared, behind, share) if net and states else ({}, Kept())
+        found: tuple[dict[str, Stats], Kept] = {}, Kept()
+        if net and states:
+            found = _statistics(net, states, layer, weights, shared, shelves[layer % 2] if behind else None, share)
         yield Step(layer, refs, weights, found[0], before, found[1])
 
 
@@ -83,7 +87,13 @@ def held(refs: Mapping[str, Ref], device: Device) -> dict[str, Tensor]:
 
 
 def _statistics(
-    net: Network, states: States, layer: int, weights: dict[str, Tensor], shared: bool, behind: bool, share: Share
+    net: Network,
+    states: States,
+    layer: int,
+    weights: dict[str, Tensor],
+    shared: bool,
+    shelf: Shelf | None,
+    share: Share,
 ) -> tuple[dict[str, Stats], Kept]:
     """Move `states` behind a block; the statistics of its activations, and what is kept of the activations themselves.
 
@@ -95,10 +105,11 @@ def _statistics(
 
         def some(batches: slice) -> tuple[dict[str, Stats], Kept]:
             own = deepcopy(block, {id(p): p for p in block.parameters()})  # with hooks of its own
-            kept = Kept(first=batches.start, room=KEPT_BYTES * (batches.stop - batches.start) // count)
+            room = KEPT_BYTES * (batches.stop - batches.start) // count
+            kept = Kept(first=batches.start, room=room, shelf={} if shelf is None else shelf)
             with (
                 watching(own, readers(net.model) if shared else {}, net.device) as stats,
-                kept.watching(own, net.model) if behind else nullcontext(),
+                nullcontext() if shelf is None else kept.watching(own, net.model),
                 nullcontext() if shared else net.calibrating(),
             ):
                 run(states, layer, own, net.device, batches)
