@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -142,15 +143,28 @@ def test_batches_that_are_shared_out_leave_what_they_leave_one_after_another(tmp
     for share in (all_at_once, in_threads):
         monkeypatch.setattr("quantkit.walk.background", lambda share=share: share)
         states = embed(net, ids)
-        made.append((states, [step.kept for step in walk(model, net, states, CPU, shared=False, behind=True)]))
+        steps = walk(model, net, states, CPU, shared=False, behind=True)
+        made.append((states, [(step.kept.ends, deepcopy(dict(step.kept.by_path))) for step in steps]))
     (states, alone), (states_shared, together) = made
     assert torch.equal(states.hidden, states_shared.hidden)
-    for one, other in zip(alone, together, strict=True):
-        assert one.ends == other.ends and len(one.ends) == 2
-        assert one.by_path.keys() == other.by_path.keys() == set(readers(model).values())
-        for path, batches in one.by_path.items():
-            assert sorted(batches) == sorted(other.by_path[path]) == [0, 1, 2]
-            assert all(torch.equal(x, other.by_path[path][i]) for i, x in batches.items()), path
+    for (ends, one), (other_ends, other) in zip(alone, together, strict=True):
+        assert ends == other_ends and len(ends) == 2
+        assert one.keys() == other.keys() == set(readers(model).values())
+        for path, batches in one.items():
+            assert sorted(batches) == sorted(other[path]) == [0, 1, 2]
+            assert all(torch.equal(x, other[path][i]) for i, x in batches.items()), path
+
+
+def test_what_is_kept_of_a_block_lies_where_the_last_but_ones_lay(tmp_path):
+    family_model("llama").save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    model = open_model(tmp_path)
+    net = network(model, CPU, batch_tokens=100)
+    states = embed(net, torch.randint(2, 300, (5, 48), generator=torch.Generator().manual_seed(4)))
+    kept = [step.kept.by_path for step in walk(model, net, states, CPU, shared=False, behind=True)]
+    places = [{(path, i): x.data_ptr() for path, xs in by_path.items() for i, x in xs.items()} for by_path in kept]
+    assert len(places) == 3 and len(places[0]) == 12
+    assert places[2] == places[0] and not set(places[1].values()) & set(places[0].values())
 
 
 def test_bf16_products_serve_what_is_behind_quantized_layers_and_no_statistics_of_the_source(tmp_path):

@@ -130,10 +130,12 @@ def _check(piece: Piece, tensor: Held, numbers: Numbers | None, count: int, widt
 def gguf_rows(piece: Piece, tensor: Held) -> Rows:
     """The rows of the tensor, float32, as a GGUF lays them out, an expert's after another's.
 
-    Of a GGUF they are decoded as they lie there.
+    Of a GGUF they are decoded as they lie there, and one by one where a folder has them in the same order.
     """
     if piece.weights or piece.model.gguf is None:
-        return in_rows(gguf_order(piece, tensor))
+        placed = None if tensor.computed is not None else piece.refs[tensor.parts[0]].placed
+        alike = placed is not None and placed.expert is None and placed.weight.layout is None
+        return piece.rows(tensor.parts[0]) if alike else in_rows(gguf_order(piece, tensor))
     row_bytes = lookup(tensor.type).row_bytes(tensor.shape[-1])
     rows = decoded(tensor.type, piece.model.gguf.raw(tensor.name).view(-1, row_bytes))
     return lambda part: finite(tensor.name, rows(part).to(piece.device))
