@@ -207,17 +207,21 @@ def _greedy(weight: Tensor, importance: Tensor, order: Tensor, upper: Tensor, gr
 
 
 def _columns(grid: Grid, w: Tensor, upper: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """Round the columns w (g, N) of one group in turn, in place; codes and scaled errors, both (g, N)."""
-    codes, missed, per_step = torch.empty_like(w), torch.empty_like(w), 1 / scale
+    """Round the columns w (g, N) of one group in turn; codes and scaled errors, both (g, N).
+
+    A row has one scale in all of them, so that they are counted in its steps: a column is then few operations.
+    """
+    steps = torch.addcmul(zero, w, 1 / scale)
+    codes, missed = torch.empty_like(w), torch.empty_like(w)
     turned = (upper / upper.diagonal()[:, None]).contiguous()
     for first, last in _chunks(len(w)):
-        columns = zip(*(t[first:last].unbind() for t in (w, codes, missed)), strict=True)
+        columns = zip(*(t[first:last].unbind() for t in (steps, codes, missed)), strict=True)
         for i, (column, code, miss) in enumerate(columns, first):
-            torch.addcmul(zero, column, per_step, out=code).round_().clamp_(0, grid.top)
-            torch.addcmul(column, torch.sub(zero, code, out=miss), scale, out=miss)
-            w[i + 1 : last].addr_(turned[i, i + 1 : last], miss, alpha=-1)
-        w[last:].addmm_(turned[first:last, last:].T, missed[first:last], alpha=-1)
-    return codes, missed.div_(upper.diagonal()[:, None])
+            torch.round(column, out=code).clamp_(0, grid.top)
+            torch.sub(column, code, out=miss)
+            steps[i + 1 : last].addr_(turned[i, i + 1 : last], miss, alpha=-1)
+        steps[last:].addmm_(turned[first:last, last:].T, missed[first:last], alpha=-1)
+    return codes, missed.mul_(scale).div_(upper.diagonal()[:, None])
 
 
 def _chunks(columns: int) -> list[tuple[int, int]]:
@@ -254,18 +258,19 @@ def _reconsider(
     curve = (levels * pull).sum(0)
     best = (scale + (levels * left).sum(0) / curve.clamp_min(1e-30)).half().float()
     best = torch.where((curve > 0) & torch.isfinite(best) & (best != 0), best, scale)
-    step, per_step, per_curve = best - scale, 1 / best, 1 / own.diagonal().clamp_min(1e-30)
+    step, per_curve = best - scale, 1 / own.diagonal().clamp_min(1e-30)
     wanted = torch.addcmul(left, pull, step, value=-1).mul_(per_curve[:, None])  # how far each weight is to move
+    wanted = torch.addcdiv(codes, wanted, best)  # and the code that it would have there
     turned = (own * per_curve).contiguous()
     chosen, changes = torch.empty_like(codes), torch.empty_like(codes)
     for first, last in _chunks(len(codes)):
         columns = zip(*(t[first:last].unbind() for t in (codes, wanted, chosen, changes)), strict=True)
-        for k, (code, rest, new, change) in enumerate(columns, first):
-            torch.addcmul(code, rest, per_step, out=new).round_().clamp_(0, grid.top)
-            torch.sub(new, code, out=change).mul_(best)
+        for k, (code, at, new, change) in enumerate(columns, first):
+            torch.round(at, out=new).clamp_(0, grid.top)
+            torch.sub(new, code, out=change)
             wanted[k + 1 : last].addr_(turned[k, k + 1 : last], change, alpha=-1)
         wanted[last:].addmm_(turned[first:last, last:].T, changes[first:last], alpha=-1)
-    return chosen, best, torch.addcmul(changes, levels, step)
+    return chosen, best, torch.addcmul(changes.mul_(best), levels, step)
 
 
 def group_aware_order(importance: Tensor, group: int) -> Tensor:
