@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +59,15 @@ class Texts:
     warnings: tuple[str, ...]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Made:
     """What came of a conversion, by its events."""
 
-    source: Score | None = None
-    variants: list[VariantDone] = field(default_factory=list)
-    tensors: dict[str, list[TensorDone]] = field(default_factory=dict)  # by target
-    resumed: dict[str, int] = field(default_factory=dict)  # target -> the last block of an earlier run
-    failed: list[VerifyError] = field(default_factory=list)
+    source: Score | None
+    variants: list[VariantDone]
+    tensors: dict[str, list[TensorDone]]  # by target
+    resumed: dict[str, int]  # target -> the last block of an earlier run
+    failed: list[VerifyError]
 
 
 def carry_out(model: Model, settings: Recipe, output: Path, force: bool, as_json: bool) -> None:
@@ -119,23 +119,25 @@ def _evaluation(model: Model, settings: Recipe) -> tuple[Text | None, Tensor | N
 
 def _followed(events: Generator[Event, None, None], plan: Plan) -> Made:
     """Run a conversion, with bars, to its end; where it is ended early, what is half-written is removed at once."""
-    made = Made(tensors={o.target: [] for o in plan.outputs})
+    source, resumed = None, {}
+    tensors: dict[str, list[TensorDone]] = {o.target: [] for o in plan.outputs}
+    variants, failed = [], []
     with closing(events), bars(plan.stages) as bar:
         for event in events:
             match event:
                 case Progress(stage, done, total):
                     bar.step(stage, done, total)
                 case TensorDone(target):
-                    made.tensors[target].append(event)
+                    tensors[target].append(event)
                 case Resumed(target, layer):
-                    made.resumed[target] = layer
+                    resumed[target] = layer
                 case SourceScored(score):
-                    made.source = score
+                    source = score
                 case VariantDone():
-                    made.variants.append(event)
+                    variants.append(event)
                 case Failed(_, error):
-                    made.failed.append(error)
-    return made
+                    failed.append(error)
+    return Made(source, variants, tensors, resumed, failed)
 
 
 def _record(job: Job, texts: Texts, made: Made, sha256: dict[str, str]) -> dict[str, Any]:
