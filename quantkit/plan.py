@@ -229,13 +229,13 @@ def _kept_bytes(model: Model, recipe: Recipe) -> int:
 
 
 def _prefix_bytes(model: Model, recipe: Recipe, outputs: int) -> int:
-    """Of outputs with calibration rows of their own: those, the rows before two blocks, what is kept of them.
+    """Of outputs with calibration rows of their own: those, the rows before two blocks, what is kept of both.
 
-    And of one output, what reaches the end of the attention and what comes of it.
+    And of one output, what reaches the ends of attention and MLP, and what comes of the former.
     """
     tokens = recipe.samples * recipe.seqlen
     own = 4 * tokens * model.config["hidden_size"]
-    kept = 4 * tokens * sum(r.shape[0] for r in model.block(0).values() if r.placed.reads)
+    kept = 4 * tokens * sum(widths(model))
     return (outputs + 4) * own + 3 * min(KEPT_BYTES, kept) if outputs else 0
 
 
