@@ -26,7 +26,7 @@ def inverse_factor(gram: Tensor, damp: float, order: Tensor) -> tuple[Tensor | N
     if lower is None:
         return None, damp
     inverse = torch.eye(len(gram), device=gram.device).T
-    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    torch.linalg.solve_triangular(lower, inverse, upper=False, left=False, out=inverse)  # takes half of left's time
     del lower
     return inverse.flip(0, 1), damp
 

@@ -159,8 +159,8 @@ def aim(weight: Tensor, stats: Stats) -> Tensor:
     lower, _ = damped_factor(stats.gram, AIM_DAMP)
     if lower is None:
         return weight
-    for factor, upper in ((lower, False), (lower.T, True)):
-        torch.linalg.solve_triangular(factor, missed.T, upper=upper, out=missed.T)
+    for factor, upper in ((lower.T, True), (lower, False)):
+        torch.linalg.solve_triangular(factor, missed, upper=upper, left=False, out=missed)
     return missed.add_(weight)
 
 
