@@ -191,6 +191,9 @@ def embed(net: Network, ids: Tensor, embedding: Tensor | None = None) -> States:
     blocks, norm, rotary, tokens = base.layers, base.norm, base.rotary_emb, base.embed_tokens
     notes = [_taking_notes() for _ in blocks]
     used, ids = ids.unique(return_inverse=True)
+    if (rows := net.model.tensors[EMBEDDING].shape[0]) <= (most := int(used[-1])):
+        what = f"token {most} of the tokenizer has no row in an embedding of {rows}"
+        raise BadInput(what, where=net.model.path, hint="this tokenizer is another model's, or tokens were added to it")
     weight = net.model.tensors[EMBEDDING].some(used) if embedding is None else embedding[used.to(embedding.device)]
     try:
         base.layers, base.norm = nn.ModuleList(notes), nn.Identity()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as T
 from llama_oracle import Oracle
-from toy import CONFIG, toy_model, write_toy
+from toy import CONFIG, tokenizer, toy_model, write_toy
 
 from quantkit.activations import readers, watching
 from quantkit.errors import BadInput, FormatError, Unsupported, UsageError
@@ -133,3 +133,11 @@ def test_quantized_tensors_read_as_their_dequantized_selves(tmp_path):
     w = model.model.layers[0].mlp.up_proj.weight.detach().numpy()
     expected = quants.dequantize(quants.quantize(w, T.Q8_0), T.Q8_0)
     assert torch.equal(open_model(path).tensors["model.layers.0.mlp.up_proj.weight"].read(), torch.from_numpy(expected))
+
+
+def test_a_token_without_a_row_is_named(tmp_path):
+    toy_model(vocab_size=270).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    net = network(open_model(tmp_path), CPU)
+    with pytest.raises(BadInput, match="token 271 of the tokenizer has no row in an embedding of 270"):
+        embed(net, torch.tensor([[1, 271, 3]]))
