@@ -17,7 +17,7 @@ from typing import Any
 from quantkit.errors import BadInput, UsageError
 from quantkit.hardware import may_have_card, multiplies_bf16
 from quantkit.later import Device, Tensor, nn, no_grad, torch
-from quantkit.model import Model, Ref, transformers_config
+from quantkit.model import Model, Ref, refused, transformers_config
 
 EMBEDDING = "model.embed_tokens.weight"  # by its HF name
 BATCH_TOKENS = 2048  # tokens through a block at once: enough for full matmul speed, little beside a block's weights
@@ -129,8 +129,11 @@ def network(
     # the fused kernels know no soft cap on attention and would leave it out
     config._attn_implementation = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
     config._experts_implementation = "eager"
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as e:  # such as a kind of rotary embedding that it does not have
+        raise refused(e, model.path) from e
     wanted = {n: tuple(p.shape) for n, p in empty.named_parameters()}
     have = {n: tuple(p.shape) for n, p in _parameters(model, lambda ref: torch.empty(ref.shape, device="meta")).items()}
     if odd := sorted(set(wanted.items()) ^ set(have.items())):

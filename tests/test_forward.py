@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,13 @@ def test_a_token_without_a_row_is_named(tmp_path):
     net = network(open_model(tmp_path), CPU)
     with pytest.raises(BadInput, match="token 271 of the tokenizer has no row in an embedding of 270"):
         embed(net, torch.tensor([[1, 271, 3]]))
+
+
+def test_a_configuration_that_transformers_cannot_build_is_refused(tmp_path):
+    toy_model().save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "spiral", "rope_theta": 10000.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=r"refuses this configuration \(it knows no 'spiral'\)"):
+        network(open_model(tmp_path), CPU)

@@ -16,9 +16,9 @@ from quantkit.errors import BadInput
 from quantkit.model.from_folder import open_hf_folder
 from quantkit.model.from_gguf import open_gguf
 from quantkit.model.hub import pull
-from quantkit.model.record import Model, Ref, in_rows, transformers_config
+from quantkit.model.record import Model, Ref, in_rows, refused, transformers_config
 
-__all__ = ["Model", "Ref", "in_rows", "open_model", "transformers_config"]
+__all__ = ["Model", "Ref", "in_rows", "open_model", "refused", "transformers_config"]
 
 
 def open_model(source: str | Path, overrides: Sequence[str] = (), chat_template: str | None = None) -> Model:

@@ -131,5 +131,10 @@ def transformers_config(config: Mapping[str, Any], where: Path) -> Any:
     try:
         return AutoConfig.for_model(config["model_type"], **values)
     except Exception as e:  # whatever its code for the family comes upon in values that make no sense
-        reason = (str(e).splitlines() or [type(e).__name__])[-1].strip()
-        raise BadInput(f"transformers refuses this configuration ({reason})", where=where) from e
+        raise refused(e, where) from e
+
+
+def refused(e: Exception, where: Path) -> BadInput:
+    """What transformers raised over a configuration, as our error."""
+    reason = f"it knows no {e}" if isinstance(e, KeyError) else (str(e).splitlines() or [type(e).__name__])[-1].strip()
+    return BadInput(f"transformers refuses this configuration ({reason})", where=where)
