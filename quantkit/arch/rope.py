@@ -66,6 +66,8 @@ def scaling_from_gguf(
         value = get(PREFIX + key) or (get(other) if other else None)
         if value is None and other:
             raise BadInput("the file lacks this required key", where=PREFIX + key)
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise FormatError(f"{value!r} is not a number", where=PREFIX + key, hint="the file is damaged")
         if value is not None:
             scaling[hf] = number(value)
     return scaling

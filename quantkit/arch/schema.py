@@ -211,6 +211,7 @@ class Architecture:
                     f"{printable(value)} beside a {key.hf} of {config[key.hf]} is not supported",
                     where=f"{self.gguf}.{key.gguf}",
                 )
+        require_blocks(config, len(tensors), f"{self.gguf}.block_count")
         freqs = read(rope.FREQS) if rope.FREQS in tensors else None
 
         def own(name: str) -> Any:
@@ -300,6 +301,14 @@ class Placed:
         """The name of the statistics of what it is fed: an expert has its own, of the tokens that it is asked for."""
         name = self.weight.reads if len(self.shape) > 1 else None
         return name if name is None or self.expert is None else f"{name}.{self.expert}"
+
+
+def require_blocks(config: Config, tensors: int, where: str) -> None:
+    """FormatError for more blocks than there are tensors, before anything is made for each of them."""
+    count = config.get("num_hidden_layers")
+    if isinstance(count, int) and count > tensors:
+        what = f"{printable(count)} blocks in a model of {tensors} tensors"
+        raise FormatError(what, where=where, hint="the file is damaged")
 
 
 def _sound(value: object, number: type[int] | type[float]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from quantkit import arch as families
 from quantkit.arch.facts import facts_of, stated
-from quantkit.arch.schema import Placed
+from quantkit.arch.schema import Placed, require_blocks
 from quantkit.chat import ChatTemplate
 from quantkit.codecs import CODECS, Bytes
 from quantkit.codecs.packed import AWQ_PARTS, COMPRESSED_PARTS, GPTQ_PARTS, unpack_awq, unpack_compressed, unpack_gptq
@@ -35,10 +35,11 @@ def open_hf_folder(path: Path, overrides: Sequence[str] = (), template: ChatTemp
     config = _json(path / "config.json")
     arch = families.by_hf(str(config.get("model_type")), where=str(path / "config.json"))
     facts = stated(overrides, facts_of([arch]))
+    folder = open_folder(path)
+    require_blocks(config, len(folder.entries), str(path / "config.json"))
     known = transformers_config(config, path)
     defaults = known.to_dict() | {name: getattr(known, name) for name in known.attribute_map}  # older names of its keys
     config = stated_config(arch.complete(config, defaults, where=str(path / "config.json")), facts)
-    folder = open_folder(path)
     quantization = config.get("quantization_config") or {}
     if not isinstance(quantization, dict):
         raise FormatError("quantization_config is not an object", where=path / "config.json", hint="get it again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from quantkit import arch as families
+from quantkit.arch.key_types import require_types
 from quantkit.arch.schema import Architecture, Placed
 from quantkit.arch.tokenizer import tokenizer_files
 from quantkit.chat import ChatTemplate
@@ -31,10 +33,11 @@ def open_gguf(path: Path, overrides: Sequence[str] = (), template: ChatTemplate 
     read = read_gguf(path)
     if other := _OTHERS.get(str(read.get("general.type"))):
         raise BadInput(f"holds {other}, and no model", where=path, hint="name the model's own file")
+    require_types({key: value.data for key, value in read.metadata.items()})
     gguf, facts = laid_over(_with_stacks(read), overrides, template)
     shapes = {n: t.shape for n, t in gguf.tensors.items()}
-    arch = families.by_gguf(str(gguf.get("general.architecture")), gguf.get, where=str(path))
-    config = arch.config_from_gguf(gguf.get, shapes, lambda name: _numbers(gguf, name))
+    arch = families.by_gguf(str(gguf.get("general.architecture")), partial(_single, gguf), where=str(path))
+    config = arch.config_from_gguf(partial(_single, gguf), shapes, lambda name: _numbers(gguf, name))
     ids = {f"{k}_token_id": gguf.get(f"tokenizer.ggml.{g}_token_id") for k, g in _SPECIAL.items()}
     ids = {k: int(v) for k, v in ids.items() if v is not None}
     config |= ids | {"pad_token_id": ids.get("pad_token_id")}  # transformers has defaults of its own for some families
@@ -44,6 +47,7 @@ def open_gguf(path: Path, overrides: Sequence[str] = (), template: ChatTemplate 
         return made | {"generation_config.json": json.dumps(ids, indent=2) + "\n"}
 
     tensors = _match(arch, config, shapes, str(path))
+    _require_tokens(gguf, config["vocab_size"])
     refs = {p.hf: _gguf_ref(gguf, gguf.tensors[p.gguf], p, config) for p in tensors}
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
     name = _TYPE_SUFFIX.sub("", stem)
@@ -67,12 +71,29 @@ def _with_stacks(gguf: GGUF) -> GGUF:
     return stacked(gguf, {name: [parts[e] for e in range(len(parts))] for name, parts in experts.items()})
 
 
+def _single(gguf: GGUF, key: str) -> Any:
+    """The one value of a key, if there is one; FormatError for an array, of which our families have none."""
+    value = gguf.get(key)
+    if isinstance(value, list | np.ndarray):
+        raise FormatError("holds more than one value", where=key, hint="this variant of the family is not supported")
+    return value
+
+
+def _require_tokens(gguf: GGUF, rows: int) -> None:
+    """FormatError for a vocabulary that is not the embedding's; llama.cpp opens no such file."""
+    tokens = gguf.get("tokenizer.ggml.tokens")
+    if tokens is not None and len(tokens) != rows:
+        what = f"{len(tokens)} tokens for an embedding of {rows} rows"
+        raise FormatError(what, where="tokenizer.ggml.tokens", hint="the file is damaged; get it again")
+
+
 def _match(
     arch: Architecture, config: Mapping[str, Any], found: Mapping[str, tuple[int, ...]], where: str
 ) -> list[Placed]:
     """Hold what a GGUF holds against what its architecture says it must hold."""
-    expected = list(arch.weights(config))
-    for p in expected:
+    expected = []
+    for p in arch.weights(config):
+        expected.append(p)
         if p.gguf not in found:
             raise BadInput(f"the tensor {p.gguf} is missing", where=where, hint="the file is incomplete; get it again")
         wanted = p.shape if p.weight.experts is None else (config[p.weight.experts], *p.shape)
