@@ -1,7 +1,8 @@
-"""Whatever a metadata key holds, opening ends in a model or in one of our errors."""
+"""Whatever a key of a GGUF or of a folder's JSON holds, opening ends in a model or in one of our errors."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 from gguf.constants import GGUFValueType as V
-from toy import toy_model, write_toy
+from toy import toy_model, write_family, write_toy
 
 from quantkit.errors import FormatError, QuantkitError
 from quantkit.files.gguf import GGUF, Value, read_gguf
@@ -53,14 +54,18 @@ def source(tmp_path_factory) -> Path:
 
 
 def opened(monkeypatch: pytest.MonkeyPatch, source: Path, **changes: Any) -> None:
-    """Open the toy with other metadata, and make of it what a conversion makes before it reads a weight."""
+    """Open the toy with other metadata."""
     read = read_gguf(source)
     changed: GGUF = replace(read, metadata=read.metadata | changes)
     monkeypatch.setattr("quantkit.model.from_gguf.read_gguf", lambda _: changed)
+    planned(source)
+
+
+def planned(source: Path) -> None:
+    """All that a conversion makes before it reads a weight."""
     model = open_model(source)
     model.tokenizer().encode("a text")
-    recipe = Recipe(to=("fp16", "Q4_0"), calibration=None, eval_text=None)
-    make_plan(model, recipe, "cpu")
+    make_plan(model, Recipe(to=("fp16", "Q4_0"), calibration=None, eval_text=None), "cpu")
 
 
 def test_whatever_a_key_holds_is_read_or_refused(monkeypatch, source):
@@ -89,3 +94,25 @@ def test_whatever_a_key_holds_is_read_or_refused(monkeypatch, source):
 def test_what_is_wrong_with_a_value_is_said(monkeypatch, source, key, value, says):
     with pytest.raises(FormatError, match=says):
         opened(monkeypatch, source, **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("file", "absent"),
+    [
+        ("config.json", ("rope_scaling", "quantization_config", "layer_types", "num_local_experts")),
+        ("tokenizer_config.json", ("chat_template", "bos_token", "pad_token")),
+    ],
+)
+def test_whatever_a_folders_json_holds_is_read_or_refused(tmp_path, file, absent):
+    write_family(tmp_path, "llama")
+    sound, refused, raised = json.loads((tmp_path / file).read_text()), 0, []
+    plain = [0, 2**32 - 1, -7, 1.5, float("nan"), True, "odd", [1, {"name": "default", "template": 7}], {"a": 1}]
+    for changed in ([], *({**sound, key: value} for key in sorted({*sound, *absent}) for value in plain)):
+        (tmp_path / file).write_text(json.dumps(changed))
+        try:
+            planned(tmp_path)
+        except QuantkitError:
+            refused += 1
+        except Exception as e:
+            raised.append(f"{changed}: {type(e).__name__}: {e}")
+    assert not raised and refused > 5, "\n".join(raised)

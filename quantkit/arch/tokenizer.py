@@ -65,6 +65,8 @@ def load_tokenizer(files: Mapping[str, str]) -> Tokenizer:
         config = json.loads(files.get("tokenizer_config.json", "{}"))
     except ValueError as error:
         raise BadInput(f"not JSON: {error}", where="tokenizer_config.json") from error
+    if not isinstance(config, dict):
+        raise BadInput("not a JSON object", where="tokenizer_config.json")
     backend.no_truncation()  # some folders carry the settings of a training run
     backend.no_padding()
     added, plain = (backend.encode("a", add_special_tokens=flag).ids for flag in (True, False))
@@ -89,7 +91,10 @@ def _template(config: Mapping[str, Any]) -> str | None:
     """The chat template kept in tokenizer_config.json: one text, or the one named `default` of several."""
     template = config.get("chat_template")
     if isinstance(template, list):
-        return next((each["template"] for each in template if each.get("name") == "default"), None)
+        named = (each for each in template if isinstance(each, dict) and each.get("name") == "default")
+        template = next((each.get("template") for each in named), None)
+    if template is not None and not isinstance(template, str):
+        raise BadInput("chat_template is no text", where="tokenizer_config.json", hint="mend that value")
     return template
 
 

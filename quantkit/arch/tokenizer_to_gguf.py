@@ -119,9 +119,10 @@ def _scores(tokens: Sequence[str], normal: Sequence[str], merges: Merges) -> np.
 
 def _cut_name(backend: tokenizers.Tokenizer, stored: Mapping[str, Any]) -> str:
     """The name of the row that cuts the probe as this tokenizer does; of two, the one with its normalizer."""
-    kind = (stored.get("normalizer") or {}).get("type")
+    own, normalizer = stored.get("normalizer") or {}, backend.normalizer
+    kind = own.get("type") if isinstance(own, dict) else own
     nfc = kind == "NFC"
-    if kind not in (None, "NFC") and backend.normalizer.normalize_str(PROBE) != PROBE:
+    if kind not in (None, "NFC") and not (normalizer and normalizer.normalize_str(PROBE) == PROBE):
         raise Unsupported(f"a byte-level GGUF has no normalizer {kind}", where="tokenizer.json")
     whole = bool(stored["model"].get("ignore_merges"))
     pieces = _cut(backend)
