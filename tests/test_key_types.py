@@ -15,6 +15,7 @@ from toy import toy_model, write_family, write_toy
 
 from quantkit.errors import FormatError, QuantkitError
 from quantkit.files.gguf import GGUF, Value, read_gguf
+from quantkit.files.imatrix import Imatrix, read_imatrix, write_imatrix
 from quantkit.model import open_model
 from quantkit.plan import make_plan
 from quantkit.recipe import Recipe
@@ -94,6 +95,21 @@ def test_whatever_a_key_holds_is_read_or_refused(monkeypatch, source):
 def test_what_is_wrong_with_a_value_is_said(monkeypatch, source, key, value, says):
     with pytest.raises(FormatError, match=says):
         opened(monkeypatch, source, **{key: value})
+
+
+def test_whatever_an_importance_matrix_says_is_read_or_refused(monkeypatch, tmp_path):
+    path = tmp_path / "imatrix.gguf"
+    write_imatrix(path, Imatrix({"a": np.ones((1, 32), np.float32)}, {"a": np.array([4])}, ("text",), 1, 512))
+    read, refused = read_gguf(path), 0
+    for key in read.metadata:
+        for value in VALUES:
+            changed = replace(read, metadata=read.metadata | {key: value})
+            monkeypatch.setattr("quantkit.files.imatrix.read_gguf", lambda _, changed=changed: changed)
+            try:
+                assert read_imatrix(path).sums.keys() == {"a"}
+            except FormatError:
+                refused += 1
+    assert refused > 20
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from quantkit.files.gguf import read_gguf
 from quantkit.files.gguf_header import TENSOR_NAME
 from quantkit.files.gguf_values import Value
 from quantkit.files.gguf_writer import GGUFWriter, layout_gguf
+from quantkit.files.key_types import require_types
 from quantkit.files.raw import raw_bytes
 
 Array = NDArray[Any]
@@ -154,6 +155,7 @@ def read_imatrix(path: Path) -> Imatrix:
 
 def _read_gguf(path: Path) -> Imatrix:
     file = read_gguf(path)
+    require_types(file.metadata)
     if file.get("general.type") != "imatrix":
         raise FormatError("not an importance matrix", where=path, hint=AGAIN)
     sums: dict[str, Array] = {}

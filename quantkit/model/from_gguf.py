@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from quantkit import arch as families
-from quantkit.arch.key_types import require_types
 from quantkit.arch.schema import Architecture, Placed
 from quantkit.arch.tokenizer import tokenizer_files
 from quantkit.chat import ChatTemplate
 from quantkit.codecs import Bytes, Floats, decode, in_bytes
 from quantkit.errors import BadInput, FormatError, Unsupported
 from quantkit.files.gguf import GGUF, TensorInfo, read_gguf, stacked
+from quantkit.files.key_types import require_types
 from quantkit.later import Tensor, torch
 from quantkit.model.given import laid_over
 from quantkit.model.record import Model, Ref
@@ -31,9 +31,9 @@ _TYPE_SUFFIX = re.compile(r"[-._](?:I?Q\d\w*|TQ\d\w*|MXFP4|[BF]+16|F32|fp16|fp32
 def open_gguf(path: Path, overrides: Sequence[str] = (), template: ChatTemplate | None = None) -> Model:
     """The model in a GGUF, by its own name or that of any shard of its set; see `open_model`."""
     read = read_gguf(path)
+    require_types(read.metadata)
     if other := _OTHERS.get(str(read.get("general.type"))):
         raise BadInput(f"holds {other}, and no model", where=path, hint="name the model's own file")
-    require_types({key: value.data for key, value in read.metadata.items()})
     gguf, facts = laid_over(_with_stacks(read), overrides, template)
     shapes = {n: t.shape for n, t in gguf.tensors.items()}
     arch = families.by_gguf(str(gguf.get("general.architecture")), partial(_single, gguf), where=str(path))

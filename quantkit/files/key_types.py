@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 
 from quantkit.errors import FormatError
+from quantkit.files.gguf_values import Value
 
 TYPES = {
+    "general.type": str,
+    "general.architecture": str,
     "tokenizer.chat_template": str,
     "tokenizer.ggml.model": str,
     "tokenizer.ggml.pre": str,
@@ -24,29 +27,32 @@ TYPES = {
     "tokenizer.ggml.add_bos_token": bool,
     "tokenizer.ggml.add_eos_token": bool,
     "tokenizer.ggml.add_space_prefix": bool,
+    "imatrix.chunk_count": int,
+    "imatrix.chunk_size": int,
 }
 ITEMS = {
     "tokenizer.ggml.tokens": str,
     "tokenizer.ggml.merges": str,
     "tokenizer.ggml.token_type": int,
     "tokenizer.ggml.scores": float,
+    "imatrix.datasets": str,
 }
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 NUMPY = {int: "iu", float: "f"}  # the kinds of an array's items
 
 
-def require_types(metadata: Mapping[str, Any]) -> None:
+def require_types(metadata: Mapping[str, Value]) -> None:
     """FormatError for the first value, or list of values, of another type than its key has."""
     for key, kind in TYPES.items():
-        if key in metadata and type(metadata[key]) is not kind:
+        if key in metadata and type(metadata[key].data) is not kind:
             raise FormatError(f"holds no {WORDS[kind]}", where=key, hint="the file is damaged; get it again")
     for key, kind in ITEMS.items():
-        if key in metadata and not _all(kind, metadata[key]):
+        if key in metadata and not _all(kind, metadata[key].data):
             raise FormatError(f"holds no list of {WORDS[kind]}s", where=key, hint="the file is damaged; get it again")
 
 
 def _all(kind: type, values: Any) -> bool:
-    """Whether an array, as `files.gguf_values` reads it, holds values of this type."""
+    """Whether an array holds values of this type."""
     if isinstance(values, np.ndarray):
         return values.dtype.kind in NUMPY.get(kind, "")
     return isinstance(values, list) and kind is str
