@@ -151,11 +151,9 @@ def _solve(
 def _outside(model: Model, name: str, known: dict[str, Stats], device: Device) -> Piece:
     """One tensor outside the blocks; where it is known what it reads, it is held to be solved."""
     refs = {name: model.tensors[name]}
-    return (
-        Piece(model, refs, held(refs, device), {name: known[name]}, device)
-        if name in known
-        else Piece(model, refs, {}, {}, device)
-    )
+    if name not in known:
+        return Piece(model, refs, {}, {}, device)
+    return Piece(model, refs, held(refs, device), {name: known[name]}, device)
 
 
 def _own_rows(p: Product, net: Network, states: States, calibration: Tensor) -> States:
