@@ -66,7 +66,7 @@ def load_tokenizer(files: Mapping[str, str]) -> Tokenizer:
     except ValueError as error:
         raise BadInput(f"not JSON: {error}", where="tokenizer_config.json") from error
     if not isinstance(config, dict):
-        raise BadInput("not a JSON object", where="tokenizer_config.json")
+        raise BadInput("not a JSON object", where="tokenizer_config.json", hint="get it again")
     backend.no_truncation()  # some folders carry the settings of a training run
     backend.no_padding()
     added, plain = (backend.encode("a", add_special_tokens=flag).ids for flag in (True, False))

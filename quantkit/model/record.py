@@ -137,4 +137,4 @@ def transformers_config(config: Mapping[str, Any], where: Path) -> Any:
 def refused(e: Exception, where: Path) -> BadInput:
     """What transformers raised over a configuration, as our error."""
     reason = f"it knows no {e}" if isinstance(e, KeyError) else (str(e).splitlines() or [type(e).__name__])[-1].strip()
-    return BadInput(f"transformers refuses this configuration ({reason})", where=where)
+    return BadInput(f"transformers refuses this configuration ({reason})", where=where, hint="mend it or get it again")
