@@ -1,4 +1,4 @@
-"""The torch encoders against libggml, byte for byte: they are to give llama.cpp's file on every device."""
+"""Our encoders against libggml, byte for byte: torch's, that every device may give llama.cpp's file, and numpy's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.codecs import CODECS, Codec, decode, encode, lookup, sharing
+from quantkit.codecs import CODECS, Codec, decode, encode, iquants_numpy, lookup, sharing
 from quantkit.codecs.search import descend, root, search_affine, search_positive, search_symmetric, total
 
 IN_TORCH = [name for name, codec in CODECS.items() if codec.encode and codec.block > 1]
@@ -28,6 +28,15 @@ def by_torch(codec: Codec, x: torch.Tensor, importance: torch.Tensor | None) -> 
     return codec.join(codec.encode(x, importance)).view(len(x), -1)
 
 
+def by_numpy(codec: Codec, x: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
+    made = torch.empty(len(x), codec.row_bytes(x.shape[1]), dtype=torch.uint8)
+    iquants_numpy.ENCODERS[codec.name](x.numpy(), None if importance is None else importance.numpy(), made.numpy())
+    return made
+
+
+BY = [(by_torch, name) for name in IN_TORCH] + [(by_numpy, name) for name in iquants_numpy.ENCODERS]
+
+
 def test_the_common_types_have_a_torch_encoder():
     assert {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS"} <= set(IN_TORCH)
     assert {f"Q{bits}_K" for bits in range(2, 7)} <= set(IN_TORCH)
@@ -35,20 +44,20 @@ def test_the_common_types_have_a_torch_encoder():
 
 @codec_rows.SAME_ARITHMETIC
 @pytest.mark.parametrize("kind", IMPORTANCE)
-@pytest.mark.parametrize("name", IN_TORCH)
-def test_torch_encodes_as_libggml_does(name, kind):
+@pytest.mark.parametrize(("by", "name"), BY)
+def test_it_encodes_as_libggml_does(by, name, kind):
     codec, width = lookup(name), 768
     importance = None if kind == "none" else codec_rows.importance(width, kind)
     kinds = codec_rows.rows(width)
     x = torch.cat(list(kinds.values()))
-    same = (by_torch(codec, x, importance) == codec_rows.ggml_encode(codec, x, importance)).all(1)
+    same = (by(codec, x, importance) == codec_rows.ggml_encode(codec, x, importance)).all(1)
     owners = [key for key, rows in kinds.items() for _ in rows]
     assert same.all(), {owners[row] for row in (~same).nonzero()[:, 0].tolist()}
 
 
 @codec_rows.SAME_ARITHMETIC
 @given(
-    name=st.sampled_from(IN_TORCH),
+    by_name=st.sampled_from(BY),
     seed=st.integers(0, 2**32),
     power=st.sampled_from([1, 2, 3, 7]),
     exponent=st.integers(-9, 4),
@@ -56,13 +65,13 @@ def test_torch_encodes_as_libggml_does(name, kind):
     weighted=st.sampled_from([None, 1, 4, 8]),
 )
 @settings(max_examples=60, deadline=None)
-def test_torch_encodes_any_rows_as_libggml_does(name, seed, power, exponent, column_power, weighted):
-    codec, width = lookup(name), 512
-    g = torch.Generator().manual_seed(seed)
+def test_it_encodes_any_rows_as_libggml_does(by_name, seed, power, exponent, column_power, weighted):
+    (by, name), width = by_name, 512
+    codec, g = lookup(name), torch.Generator().manual_seed(seed)
     x = torch.randn(3, width, generator=g).pow(power) * torch.rand(width, generator=g).pow(column_power)
     x *= 10.0**exponent / x.abs().max()
     importance = None if weighted is None else torch.randn(width, generator=g).abs().pow(weighted)
-    assert torch.equal(by_torch(codec, x, importance), codec_rows.ggml_encode(codec, x, importance))
+    assert torch.equal(by(codec, x, importance), codec_rows.ggml_encode(codec, x, importance))
 
 
 @codec_rows.SAME_ARITHMETIC

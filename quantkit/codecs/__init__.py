@@ -7,15 +7,16 @@
     encode(name, weight, importance)    float32 -> bytes
     recode(name, rows, shape)           rows of another type, or of floats -> bytes and their error, without torch
 
-On the CPU libggml does the work (bit for bit llama.cpp's); on another device the codec's own torch functions do, and
-where a codec has no torch encoder the tensor makes a detour over the CPU. Plain floats are a cast and stay in torch.
+On the CPU libggml does the work, or numpy where that is quicker, bit for bit llama.cpp's; on another device the
+codec's own torch functions do, and where a codec has no torch encoder the tensor makes a detour over the CPU. Plain
+floats are a cast and stay in torch.
 """
 
 from __future__ import annotations
 
 from math import prod
 
-from quantkit.codecs import ggml
+from quantkit.codecs import cpu, ggml
 from quantkit.codecs.codec import ITEM_BYTES, Bytes, Codec, Floats
 from quantkit.codecs.limits import check_bounds, check_importance, check_rows, too_large
 from quantkit.codecs.recode import Numbers, in_bytes, in_floats, read_through, recode
@@ -92,7 +93,7 @@ def encode(name: str, weight: Tensor, importance: Tensor | None = None) -> Tenso
     importance = None if importance is None else importance.to(weight)
     if codec.encode is None or _native(codec, weight.device):
         columns = None if importance is None else importance.cpu().numpy()
-        raw = torch.from_numpy(ggml.encode(codec, weight.detach().cpu().numpy(), columns)).to(weight.device)
+        raw = torch.from_numpy(cpu.encode(codec, weight.detach().cpu().numpy(), columns)).to(weight.device)
     else:
         pieces = slabs(len(weight), weight.shape[1], weight.device)
         raw = torch.cat([codec.join(codec.encode(weight[piece], importance)) for piece in pieces])

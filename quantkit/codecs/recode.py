@@ -14,7 +14,7 @@ from threading import local
 
 import numpy as np
 
-from quantkit.codecs import ggml
+from quantkit.codecs import cpu, ggml
 from quantkit.codecs.codec import Bytes, Floats
 from quantkit.codecs.limits import LARGEST_WEIGHT, check_bounds, check_importance, check_rows, too_large
 from quantkit.codecs.registry import lookup
@@ -60,7 +60,7 @@ def recode(kind: str, numbers: Numbers, rows: int, width: int, importance: Float
             raise _damaged()
         if energy > LARGEST_WEIGHT**2:  # or else no single weight is larger
             check_bounds(codec, before.min().item(), before.max().item())
-        ggml.encode(codec, before, None if importance is None else importance[part.start // of_one], out[part])
+        cpu.encode(codec, before, None if importance is None else importance[part.start // of_one], out[part])
         step = every if energy <= HALF_HOLDS**2 else 1  # else a scale of any row may have overflowed
         chosen = before[::step]
         read = ggml.decode(codec, out[part][::step], after[: len(chosen)])

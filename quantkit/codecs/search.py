@@ -16,17 +16,21 @@ blocks, by type, and in error by less than one per cent).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantkit.later import Tensor, torch
+
+A = TypeVar("A", Tensor, NDArray[np.float32])
 
 TINY = 1e-15  # GROUP_MAX_EPS: a group below it is stored as zeros
 
 
-def total(terms: Tensor) -> Tensor:
-    """Sum over dimension 0 from first to last, in float32: torch.sum adds in another order, device by device."""
-    result = terms[0] + 0.0
+def total(terms: A) -> A:
+    """Sum over dimension 0 from first to last, in float32: torch and numpy add in other orders, device by device."""
+    result: A = terms[0] + 0.0
     for term in terms[1:]:
         result += term
     return result
