@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from quantkit.later import Tensor, nn, torch
+from quantkit.later import Tensor, nn
 from quantkit.model import Model
 from quantkit.stats import Stats
 
 
 @contextmanager
-def watching(block: nn.Module, readers: Mapping[str, str], device: torch.device) -> Iterator[dict[str, Stats]]:
-    """Collect `Stats` while a block runs: activation name -> statistics of what the module `readers[name]` is fed."""
+def watching(block: nn.Module, readers: Mapping[str, str], zeros: Callable[[int], Stats]) -> Iterator[dict[str, Stats]]:
+    """Collect `Stats` while a block runs: activation name -> statistics of what the module `readers[name]` is fed.
+
+    `zeros` gives those of so many columns of which nothing was seen yet.
+    """
     stats: dict[str, Stats] = {}
 
     def watch(name: str, path: str) -> Any:
@@ -21,7 +24,7 @@ def watching(block: nn.Module, readers: Mapping[str, str], device: torch.device)
 
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             for activation, x in fed(module, parameter, args, name):
-                stats[activation] = stats.get(activation, Stats.zeros(x.shape[-1], device)).add(x)
+                stats[activation] = (stats.get(activation) or zeros(x.shape[-1])).add(x)
 
         return module.register_forward_pre_hook(hook)
 

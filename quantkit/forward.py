@@ -18,6 +18,7 @@ from quantkit.errors import BadInput, UsageError
 from quantkit.hardware import may_have_card, multiplies_bf16
 from quantkit.later import Device, Tensor, nn, no_grad, torch
 from quantkit.model import Model, Ref, refused, transformers_config
+from quantkit.stats import Stats
 
 EMBEDDING = "model.embed_tokens.weight"  # by its HF name
 BATCH_TOKENS = 2048  # tokens through a block at once: enough for full matmul speed, little beside a block's weights
@@ -77,6 +78,10 @@ class Network:
         little beside what quantized layers before it have done to it.
         """
         return torch.autocast(self.device.type, torch.bfloat16) if self.mixed else nullcontext()
+
+    def statistics(self, width: int) -> Stats:
+        """Those of an activation of so many columns, of which nothing was seen yet."""
+        return Stats.zeros(width, self.device, self.mixed)
 
     @property
     def base(self) -> Any:

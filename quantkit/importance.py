@@ -38,7 +38,7 @@ def measure(net: Network, ids: Tensor, text: str) -> Iterator[int | Imatrix]:
     states = embed(net, ids)
     sums: Sums = {}
     for layer in range(net.model.layers):
-        with net.block(layer) as block, watching(block, readers(net.model), net.device) as stats:
+        with net.block(layer) as block, watching(block, readers(net.model), net.statistics) as stats:
             run(states, layer, block, net.device)
         sums |= squares(layer, stats)
         yield layer

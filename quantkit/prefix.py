@@ -191,7 +191,7 @@ class Inputs(Mapping[str, Stats]):
         before = list(stream.values())[list(stream).index(path) - 1] if path in stream else None
         for i, part in enumerate(self.behind.batches()):
             x, own = self._reaching(path, ours, self.behind, part, before)
-            stats = stats or Stats.zeros(x.shape[-1], x.device)
+            stats = stats or self.net.statistics(x.shape[-1])
             place = stream.get(path, path)
             if i in seen:
                 there = seen[i].to(x.device)

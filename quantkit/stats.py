@@ -6,13 +6,13 @@ scale are all read off it, and shards merge by addition.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from quantkit.later import Tensor, torch
+from quantkit.gram import add_gram, add_product, panels
+from quantkit.later import Tensor, on_cpu, torch
 
 MANY, EVERY = 256, 4  # rows of a matrix that is not told of whole, and how far apart those are that are
-PANEL = 256  # rows, about: small beside the widths of models, large enough for full matmul speed
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Stats:
     Left of its diagonal blocks `upper` holds nothing of meaning, which saves nearly half of the products; see `gram`.
     Where x is what reaches a layer behind a quantized prefix, one of two says what the source had there: `drift`, the
     sum of (x~ - x)^T x for the source's rows x~, or `wanted` (N, K), the sum of y^T x for what the layer is to give, y.
+    `mixed`: the factors of products are rounded to bf16; squares, which files hold as importance, never are.
     """
 
     upper: Tensor
@@ -29,11 +30,12 @@ class Stats:
     rows: int = 0
     drift: Tensor | None = None
     wanted: Tensor | None = None
+    mixed: bool = False
 
     @classmethod
-    def zeros(cls, width: int, device: torch.device | str = "cpu") -> Stats:
+    def zeros(cls, width: int, device: torch.device | str = "cpu", mixed: bool = False) -> Stats:
         """Nothing seen yet."""
-        return cls(torch.zeros(width, width, device=device), torch.zeros(width, device=device))
+        return cls(torch.zeros(width, width, device=device), torch.zeros(width, device=device), mixed=mixed)
 
     def add(self, x: Tensor, source: Tensor | None = None, wanted: Tensor | None = None) -> Stats:
         """With the rows of x (..., K) added, and those the source has there, or what the layer is to give for them.
@@ -41,24 +43,27 @@ class Stats:
         The sums grow in place: the old record must not be used again.
         """
         x = x.reshape(-1, x.shape[-1]).float()
-        drift, y = self.drift, self.wanted
+        kind = torch.bfloat16 if self.mixed and (self.rows or not on_cpu(x.device)) else torch.float32
+        factor, drift, y = x.to(kind), self.drift, self.wanted
         if source is not None:
             drift = torch.zeros_like(self.upper) if drift is None else drift
-            drift.addmm_((source.reshape(x.shape).float() - x).T, x)
+            add_product(drift, (source.reshape(x.shape).float() - x).to(kind), factor, self.rows)
         if wanted is not None:
             y = self.upper.new_zeros(wanted.shape[-1], x.shape[-1]) if y is None else y
-            y.addmm_(wanted.reshape(len(x), -1).float().T, x)
-        for part in _panels(len(self.upper)):
-            self.upper[part, part.start :].addmm_(x[:, part].T, x[:, part.start :])
-        return Stats(self.upper, self.absum.add_(x.abs().sum(0)), self.rows + len(x), drift, y)
+            add_product(y, wanted.reshape(len(x), -1).to(kind), factor, self.rows)
+        squares = self.upper.diagonal() + x.square().sum(0)
+        add_gram(self.upper, factor, self.rows)
+        self.upper.diagonal().copy_(squares)
+        return replace(self, absum=self.absum.add_(x.abs().sum(0)), rows=self.rows + len(x), drift=drift, wanted=y)
 
     def merge(self, other: Stats) -> Stats:
         """The statistics of both sets of rows."""
-        aims = (
+        drift, wanted = (
             None if a is None or b is None else a + b
             for a, b in ((self.drift, other.drift), (self.wanted, other.wanted))
         )
-        return Stats(self.upper + other.upper, self.absum + other.absum, self.rows + other.rows, *aims)
+        upper, absum, rows = self.upper + other.upper, self.absum + other.absum, self.rows + other.rows
+        return Stats(upper, absum, rows, drift, wanted, self.mixed)
 
     def permuted(self, order: Tensor) -> Stats:
         """The statistics of the columns in another order."""
@@ -77,7 +82,7 @@ class Stats:
     @cached_property
     def gram(self) -> Tensor:
         """The sum of x^T x (K, K), whole: `upper`, with what it lacks copied into it."""
-        for part in _panels(len(self.upper)):
+        for part in panels(len(self.upper)):
             self.upper[part.stop :, part] = self.upper[part, part.stop :].T
         return self.upper
 
@@ -90,12 +95,6 @@ class Stats:
     def act_scale(self) -> Tensor:
         """Mean of |x| per column, (K,): AWQ's activation scale."""
         return self.absum / self.rows
-
-
-def _panels(width: int) -> list[slice]:
-    """Rows of a Gram matrix, cut so that what lies left of each panel's diagonal block is not computed."""
-    step = -(-width // max(1, round(width / PANEL)))
-    return [slice(start, min(start + step, width)) for start in range(0, width, step)]
 
 
 def told(rows: int) -> slice:

@@ -108,7 +108,7 @@ def _statistics(
             room = KEPT_BYTES * (batches.stop - batches.start) // count
             kept = Kept(first=batches.start, room=room, shelf={} if shelf is None else shelf)
             with (
-                watching(own, readers(net.model) if shared else {}, net.device) as stats,
+                watching(own, readers(net.model) if shared else {}, net.statistics) as stats,
                 nullcontext() if shelf is None else kept.watching(own, net.model),
                 nullcontext() if shared else net.calibrating(),
             ):

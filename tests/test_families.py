@@ -108,7 +108,7 @@ def test_awqs_folds_leave_every_block_as_it_was(families, name):
         refs = {ref.placed.hf: ref for ref in model.block(layer).values()}
         weights = {tensor: ref.read() for tensor, ref in refs.items()}
         before, prefix = states.hidden.clone(), f"model.layers.{layer}."
-        with net.block(layer) as block, watching(block, readers(model), CPU) as stats:
+        with net.block(layer) as block, watching(block, readers(model), net.statistics) as stats:
             run(states, layer, block, CPU)
         folded = fold(Piece(model, refs, weights, stats), partial(awq_scale, grid=Grid(4, 32, symmetric=False)))
         assert len(folded.columns) >= 2 and any((s != 1).any() for s in folded.columns.values())

@@ -79,7 +79,7 @@ def test_statistics_are_those_of_the_activations(toy_gguf):
     net, chunks = network(model, CPU), ids()
     states = embed(net, chunks)
     x = states.hidden.clone()
-    with net.block(0) as block, watching(block, readers(model), CPU) as stats:
+    with net.block(0) as block, watching(block, readers(model), net.statistics) as stats:
         normed = block.input_layernorm(x).flatten(0, 1)
         run(states, 0, block, CPU)
     assert set(stats) == {"attn_in", "heads", "mlp_in", "mlp_mid"}

@@ -38,15 +38,15 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """(n, m) integers below 2^bits -> (n*bits/32, m) int32: each column is one stream of bits, low bits first."""
     per = 32 // np.gcd(32, bits)  # codes after which the stream is back at a word border: 8 of 4 bits, 32 of 3
     words = per * bits // 32
-    runs = codes.to(torch.int64).view(-1, per, codes.shape[1])
-    out = torch.zeros(runs.shape[0], words + 1, codes.shape[1], dtype=torch.int64, device=codes.device)
+    runs = codes.reshape(-1, per, codes.shape[1])
+    out = torch.zeros(runs.shape[0], words + 1, codes.shape[1], dtype=torch.int32, device=codes.device)
     for i in range(per):
         word, shift = divmod(i * bits, 32)
-        spread = runs[:, i] << shift
-        out[:, word] += spread & 0xFFFFFFFF
-        out[:, word + 1] += spread >> 32
-    flat = out[:, :words].reshape(-1, codes.shape[1])
-    return torch.where(flat >= 2**31, flat - 2**32, flat).to(torch.int32)
+        code = runs[:, i].int()
+        out[:, word] |= code << shift
+        if shift + bits > 32:
+            out[:, word + 1] |= code >> (32 - shift)
+    return out[:, :words].reshape(-1, codes.shape[1])
 
 
 def pack_gptq(q: Quantized, bits: int, v2: bool = False) -> dict[str, Tensor]:
@@ -63,11 +63,11 @@ def pack_gptq(q: Quantized, bits: int, v2: bool = False) -> dict[str, Tensor]:
 def pack_awq(q: Quantized) -> dict[str, Tensor]:
     """Quantized (N, K) of 4 bits -> the three tensors of an AWQ GEMM layer."""
 
-    def words(rows: Tensor) -> Tensor:  # (n, N) -> (n, N/8)
-        ordered = rows.view(rows.shape[0], -1, 8)[..., list(AWQ_ORDER)].reshape(rows.shape[0], -1)
-        return pack_bits(ordered.T, 4).T.contiguous()
+    def words(columns: Tensor) -> Tensor:  # (N, n) -> (n, N/8)
+        ordered = columns.unflatten(0, (-1, 4, 2)).transpose(1, 2)  # of eight outputs the even ones come first
+        return pack_bits(ordered.flatten(0, 2), 4).T.contiguous()
 
-    return {"qweight": words(q.codes.T), "qzeros": words(q.zeros.T), "scales": q.scales.T.contiguous()}
+    return {"qweight": words(q.codes), "qzeros": words(q.zeros), "scales": q.scales.T.contiguous()}
 
 
 def pack_compressed(q: Quantized, bits: int, symmetric: bool = True) -> dict[str, Tensor]:
