@@ -20,6 +20,8 @@ _setup_privateuseone_for_python_backend("card")
 CARD = torch.device("card", 0)
 # A card takes indices from the processor, as it does numbers.
 INDEXED = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default)
+# What torch has for cards alone.
+CARDS_OWN = {aten.mm.dtype: lambda a, b, kind: a.to(kind) @ b.to(kind)}
 
 
 @dataclass
@@ -107,7 +109,7 @@ def _call(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     if func is not aten.copy_.default and func is not aten._to_copy.default:
         _require_together(func, args, tensors)
     plain = {k: torch.device("cpu") if k == "device" and there else v for k, v in kwargs.items()}
-    made = func(*tree_map(_own, args), **tree_map(_own, plain))
+    made = CARDS_OWN.get(func, func)(*tree_map(_own, args), **tree_map(_own, plain))
     if written := _written(func, args, kwargs):
         return written[0] if len(written) == 1 else tuple(written)
     return made if asked is not None and not there else tree_map(_on_card, made)

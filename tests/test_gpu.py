@@ -18,10 +18,12 @@ from quantkit.stats import Stats
 pytestmark = pytest.mark.gpu
 
 
-def test_statistics_and_codes_agree():
+@pytest.mark.parametrize("mixed", [False, True])
+def test_statistics_and_codes_agree(mixed):
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(2000, 256, generator=g), torch.randn(96, 256, generator=g)
-    here, there = Stats.zeros(256).add(x), Stats.zeros(256, "cuda").add(x.cuda())
+    x = x.bfloat16().float() if mixed else x
+    here, there = Stats.zeros(256).add(x), Stats.zeros(256, "cuda", mixed).add(x.cuda())
     assert torch.allclose(here.gram, there.gram.cpu(), rtol=1e-4, atol=1e-1)
     same = gptq(w, here, Grid(4, 64)).quantized.codes == gptq(w.cuda(), there, Grid(4, 64)).quantized.codes.cpu()
     assert same.float().mean() > 0.98  # sums come in another order: a code at a border may fall to either side

@@ -1,0 +1,39 @@
+"""Sums over activations: what rounding factors to bf16 leaves of them."""
+
+from __future__ import annotations
+
+import torch
+
+from quantkit.stats import Stats
+
+
+def test_mixed_sums_lose_a_share_of_what_batches_differ_by():
+    """Each sequence begins with a token of huge activations, as those of real models do."""
+    g = torch.Generator().manual_seed(0)
+    batches = torch.randn(6, 512, 600, generator=g) @ torch.randn(600, 600, generator=g).div(25)
+    batches[:, ::128] += torch.randn(600, generator=g) * (torch.rand(600, generator=g) > 0.98) * 300
+    wanted = batches[..., :300] * 2 + torch.randn(6, 512, 300, generator=g)
+    whole, mixed = Stats.zeros(600), Stats.zeros(600, mixed=True)
+    gram, aim = torch.zeros(600, 600).double(), torch.zeros(300, 600).double()
+    for i, (x, y) in enumerate(zip(batches, wanted, strict=True)):
+        whole, mixed = whole.add(x, wanted=y), mixed.add(x, wanted=y)
+        factor, other = (t.bfloat16().double() if i else t.double() for t in (x, y))
+        gram, aim = gram + factor.T @ factor, aim + other.T @ factor
+    assert torch.equal(whole.importance, mixed.importance)
+    assert torch.equal(whole.act_scale, mixed.act_scale)
+    gram.diagonal().copy_(whole.gram.diagonal())
+    columns, outputs = gram.diagonal().sqrt(), wanted.double().square().sum((0, 1)).sqrt()
+    assert (mixed.gram - gram).abs().div(columns[:, None] * columns).max() < 2**-12
+    assert (mixed.wanted - aim).abs().div(outputs[:, None] * columns).max() < 2**-12
+    one = Stats.zeros(600, mixed=True).add(batches[0])
+    assert torch.equal(one.gram, Stats.zeros(600).add(batches[0]).gram)
+
+
+def test_statistics_merge():
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(200, 64, generator=g)
+    both = Stats.zeros(64).add(x[:80]).merge(Stats.zeros(64).add(x[80:]))
+    all_at_once = Stats.zeros(64).add(x)
+    assert both.rows == 200
+    torch.testing.assert_close(both.gram, all_at_once.gram, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(both.absum, all_at_once.absum, rtol=1e-5, atol=1e-4)
