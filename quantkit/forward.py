@@ -27,8 +27,8 @@ BATCH_TOKENS = 2048  # tokens through a block at once: enough for full matmul sp
 def device_of(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:i` -> a device that is there; UsageError otherwise.
 
-    The one way in to a CUDA device, so this says how products are computed there: in whole float32. TF32 keeps 10 bits
-    of each factor, and a Gram matrix summed so loses the small eigenvalues that solvers invert.
+    The one way in to a CUDA device, so this says how float32 is multiplied there: whole. TF32 keeps 10 bits of each
+    factor, too few for what solvers invert; where fewer will do, factors are bf16 and say so (`gram.py`).
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if name == "auto":

@@ -32,6 +32,7 @@ class Weights:
     embedding: int
     output: int  # the output matrix and final norm; the embedding again where they are tied
     config: Mapping[str, Any]
+    number: int = 0  # of experts in a block
 
     @property
     def total(self) -> int:
@@ -41,13 +42,8 @@ class Weights:
     @property
     def active(self) -> int:
         """Bytes read for one token: of the embedding one row, of the experts those that are chosen."""
-        used, number = self.config.get("num_experts_per_tok") or 1, expert_count(self.config) or 1
-        return sum(self.blocks) + self.output - self.experts + self.experts * used // number
-
-
-def expert_count(config: Mapping[str, Any]) -> int:
-    """How many experts a layer has; 0 for a dense model."""
-    return config.get("num_local_experts") or config.get("num_experts") or 0
+        chosen = self.experts * self.config.get("num_experts_per_tok", 1) // self.number if self.number else 0
+        return sum(self.blocks) + self.output - self.experts + chosen
 
 
 def weights_of(name: str, model: Model) -> Weights:
@@ -79,7 +75,7 @@ def _weights(
     if model.config.get("tie_word_embeddings"):
         outer += embedding
     experts = sum(size for _, _, expert, size in sizes if expert)
-    return Weights(name, format, nbytes, tuple(blocks), experts, embedding, outer, model.config)
+    return Weights(name, format, nbytes, tuple(blocks), experts, embedding, outer, model.config, model.experts)
 
 
 def cells(config: Mapping[str, Any], layer: int, ctx: int) -> int:

@@ -193,9 +193,9 @@ def test_a_context_grows_until_memory_or_training_ends():
 
 
 def test_experts_windows_and_batches_count_as_they_run():
-    config = {"num_experts_per_tok": 2, "num_experts": 8, "moe_intermediate_size": 256}
+    config = {"num_experts_per_tok": 2, "moe_intermediate_size": 256}
     dense = model_of("x", 1)
-    experts = Weights("e", "gguf", GIB, dense.blocks, sum(dense.blocks) // 2, 0, 0, {**dense.config, **config})
+    experts = Weights("e", "gguf", GIB, dense.blocks, sum(dense.blocks) // 2, 0, 0, {**dense.config, **config}, 8)
     assert experts.active == sum(dense.blocks) - sum(dense.blocks) // 2 + sum(dense.blocks) // 2 * 2 // 8
     sliding = {**dense.config, "sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"] * 5}
     assert (cells(sliding, 0, 8192), cells(sliding, 1, 8192), cells(sliding, 0, 300)) == (1024, 8192, 512)

@@ -33,6 +33,13 @@ NUMBERS = {
     GGUFValueType.FLOAT32: ("f", "f4"),
     GGUFValueType.FLOAT64: ("d", "f8"),
 }
+# What a Python value becomes, where a key fixes nothing else.
+SCALARS = {
+    bool: GGUFValueType.BOOL,
+    int: GGUFValueType.UINT32,
+    float: GGUFValueType.FLOAT32,
+    str: GGUFValueType.STRING,
+}
 MAX_HEADER = 1 << 28  # bytes; the largest header seen (a 262,144-token vocabulary with merges) is under 2^24
 MAX_ITEMS = 1 << 24  # of an array; the largest vocabularies and merge lists stay under 2^20
 AGAIN = "the file is truncated or damaged: download it again"

@@ -17,8 +17,7 @@ from quantkit import arch as families
 from quantkit.arch.facts import TOKENIZER, facts_of, stated
 from quantkit.chat import ChatTemplate
 from quantkit.files.gguf import GGUF, Value
-
-TYPES = {bool: T.BOOL, int: T.UINT32, float: T.FLOAT32, str: T.STRING}
+from quantkit.files.gguf_values import SCALARS
 
 
 def laid_over(gguf: GGUF, overrides: Sequence[str], template: ChatTemplate | None) -> tuple[GGUF, dict[str, Any]]:
@@ -27,7 +26,7 @@ def laid_over(gguf: GGUF, overrides: Sequence[str], template: ChatTemplate | Non
     facts = stated(overrides, known)
     changed = dict(gguf.metadata)
     for key, value in facts.items():
-        changed |= {name: Value(TYPES[known[key].type], None, value) for name in known[key].gguf}
+        changed |= {name: Value(SCALARS[known[key].type], None, value) for name in known[key].gguf}
     if template:
         changed["tokenizer.chat_template"] = Value(T.STRING, None, template.text)
     return replace(gguf, metadata=changed), facts

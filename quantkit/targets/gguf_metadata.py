@@ -15,10 +15,9 @@ from gguf.constants import GGUFValueType as T
 from gguf.constants import Keys
 
 from quantkit.arch.tokenizer_to_gguf import gguf_tokenizer
-from quantkit.files.gguf_values import Value
+from quantkit.files.gguf_values import SCALARS, Value
 from quantkit.model import Model
 
-SCALARS = {bool: T.BOOL, int: T.UINT32, float: T.FLOAT32, str: T.STRING}
 ITEMS = {"float32": T.FLOAT32, "int32": T.INT32}
 
 
