@@ -3,7 +3,7 @@
 Factors are float32, or bf16 as a calibrated block's matrices are fed them; either way they are added up in float32. A
 CUDA device gives that at once. A CPU rounds what it makes of bf16 factors to bf16 as well, so there it is asked by how
 much a batch differs from the mean of those before: of that 2^-9 is lost, and the difference itself is chance. Such a
-sum takes 0.55 of float32's time. The first batch, which has no mean before it, is to be float32.
+sum takes 0.55 of float32's time. A batch of more rows than came before, as the first is, has no such mean: float32.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ class Stats:
         The sums grow in place: the old record must not be used again.
         """
         x = x.reshape(-1, x.shape[-1]).float()
-        kind = torch.bfloat16 if self.mixed and (self.rows or not on_cpu(x.device)) else torch.float32
+        mixed = self.mixed and (0 < len(x) <= self.rows or not on_cpu(x.device))
+        kind = torch.bfloat16 if mixed else torch.float32
         factor, drift, y = x.to(kind), self.drift, self.wanted
         if source is not None:
             drift = torch.zeros_like(self.upper) if drift is None else drift

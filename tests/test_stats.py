@@ -25,8 +25,17 @@ def test_mixed_sums_lose_a_share_of_what_batches_differ_by():
     columns, outputs = gram.diagonal().sqrt(), wanted.double().square().sum((0, 1)).sqrt()
     assert (mixed.gram - gram).abs().div(columns[:, None] * columns).max() < 2**-12
     assert (mixed.wanted - aim).abs().div(outputs[:, None] * columns).max() < 2**-12
-    one = Stats.zeros(600, mixed=True).add(batches[0])
-    assert torch.equal(one.gram, Stats.zeros(600).add(batches[0]).gram)
+
+
+def test_batches_with_too_little_before_them_are_whole():
+    """As of experts that hardly any token of the first batches asks for."""
+    g = torch.Generator().manual_seed(0)
+    batches = [torch.randn(rows, 320, generator=g) for rows in (0, 3, 200)]
+    whole, mixed = Stats.zeros(320), Stats.zeros(320, mixed=True)
+    for x in batches:
+        whole, mixed = whole.add(x), mixed.add(x)
+    assert torch.equal(whole.gram, mixed.gram) and mixed.rows == 203
+    assert not torch.equal(whole.add(batches[2]).gram, mixed.add(batches[2]).gram)
 
 
 def test_statistics_merge():
