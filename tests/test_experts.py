@@ -88,7 +88,7 @@ def test_transformers_computes_the_same_of_what_is_read_back(made, families):
 
     before = logprobs()
     plain = {n: ref.read() for n, ref in source.tensors.items()}
-    rounded = plain | {n: rtn(plain[n], None, Grid(4, 32)).dequantize() for n in linear(source)}
+    rounded = plain | {n: rtn(plain[n], Grid(4, 32)).dequantize() for n in linear(source)}
     by_rounding = kl(rounded)
     for folder in TARGETS[:-1]:
         most = 1e-3 if "8bit" in folder else by_rounding

@@ -67,7 +67,7 @@ def test_the_terms_of_a_ladder_are_its_weight_and_take_factors(kind):
 
 
 def test_scales_of_an_integer_grid_take_factors():
-    q = rtn(torch.randn(4, 64, generator=torch.Generator().manual_seed(2)), None, Grid(4, 16))
+    q = rtn(torch.randn(4, 64, generator=torch.Generator().manual_seed(2)), Grid(4, 16))
     factors = torch.linspace(0.8, 1.2, 16).view(4, 4)
     ranged = Ranged((q.dequantize(),), q.groups.long(), q.times)
     assert torch.allclose(q.times(factors).dequantize(), ranged.weight((factors,)), rtol=1e-3)

@@ -92,7 +92,7 @@ def rounded_to_nearest(model: Model, grid: Grid) -> Model:
     """The model as plain round-to-nearest would leave it."""
 
     def read(ref):
-        return lambda: rtn(ref.read(), None, grid).dequantize()
+        return lambda: rtn(ref.read(), grid).dequantize()
 
     return replace(model, tensors=model.tensors | {n: replace(r, read=read(r)) for n, r in linear(model).items()})
 

@@ -36,13 +36,3 @@ def test_batches_with_too_little_before_them_are_whole():
         whole, mixed = whole.add(x), mixed.add(x)
     assert torch.equal(whole.gram, mixed.gram) and mixed.rows == 203
     assert not torch.equal(whole.add(batches[2]).gram, mixed.add(batches[2]).gram)
-
-
-def test_statistics_merge():
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(200, 64, generator=g)
-    both = Stats.zeros(64).add(x[:80]).merge(Stats.zeros(64).add(x[80:]))
-    all_at_once = Stats.zeros(64).add(x)
-    assert both.rows == 200
-    torch.testing.assert_close(both.gram, all_at_once.gram, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(both.absum, all_at_once.absum, rtol=1e-5, atol=1e-4)

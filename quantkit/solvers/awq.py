@@ -16,7 +16,7 @@ from quantkit.solvers.gptq import gptq
 from quantkit.solvers.rtn import rounded, rtn
 from quantkit.stats import Stats, error
 
-Solve = Callable[[Tensor, Stats, Grid], Tensor]
+Solve = Callable[[Tensor, Tensor, Stats, Grid], Tensor]  # weight (N, K), scales of columns (K,) -> what is left of it
 
 ROWS = 256  # outputs that the search for a scale looks at, evenly spaced: one scale serves them all
 STEPS = 20  # exponents are multiples of 1/20 below 1 (llm-awq `auto_scale.py`, n_grid)
@@ -24,21 +24,22 @@ SHRINK = tuple(1.0 - i / 32 for i in range(17))  # of ranges: all are tried, for
 STRIDES = (4, 2, 1)  # how far apart those are that are tried, the first time over all, then beside the best
 
 
-def nearest(weight: Tensor, stats: Stats, grid: Grid) -> Tensor:
-    """`weight` rounded to nearest; `stats` is not looked at."""
-    return rtn(weight, None, grid).dequantize()
+def nearest(weight: Tensor, scale: Tensor, stats: Stats, grid: Grid) -> Tensor:
+    """What rounding to nearest makes of `weight` with its columns scaled."""
+    return rtn(weight * scale, grid).dequantize() / scale
 
 
-def compensated(weight: Tensor, stats: Stats, grid: Grid) -> Tensor:
-    """`weight` as GPTQ leaves it in one pass, for a search whose scales GPTQ is to be used with."""
-    return gptq(weight, stats, grid, polishing=0).quantized.dequantize()
+def compensated(weight: Tensor, scale: Tensor, stats: Stats, grid: Grid) -> Tensor:
+    """What GPTQ makes of it in one pass, for a search whose scales GPTQ is to be used with."""
+    found = gptq(weight * scale, stats.scaled(1 / scale), grid, polishing=0)
+    return found.quantized.dequantize() / scale
 
 
 def awq_scale(weight: Tensor, stats: Stats, grid: Grid, solve: Solve = nearest) -> Tensor:
     """The column scales (K,) for `weight` (N, K): all the weights that read one activation, stacked.
 
-    `solve` is what scaled weights are tried with, under the statistics of the activations that are to reach them. All
-    ones where no exponent does better than none. Columns without activations keep scale 1.
+    `solve` is what scales are tried with. All ones where no exponent does better than none. Columns without activations
+    keep scale 1.
     """
     rows = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight)), device=weight.device).round().long()
     weight = weight[rows]
@@ -47,8 +48,7 @@ def awq_scale(weight: Tensor, stats: Stats, grid: Grid, solve: Solve = nearest) 
     def loss(step: int) -> float:
         if step not in losses:
             scale = _scale(stats.act_scale, step / STEPS)
-            approx = solve(weight * scale, stats.scaled(1 / scale), grid) / scale
-            losses[step] = error(approx - weight, stats.gram).item()
+            losses[step] = error(solve(weight, scale, stats, grid) - weight, stats.gram).item()
         return losses[step]
 
     best = min(range(0, STEPS, STRIDES[0]), key=loss)

@@ -128,7 +128,7 @@ def require_finite(stats: Stats, where: str | None = None) -> None:
 
 
 def _rounded(weight: Tensor, gram: Tensor, grid: Grid, damp: float, why: str) -> Solution[Quantized]:
-    q = rtn(weight, None, grid)
+    q = rtn(weight, grid)
     made = taken(q, weight, gram)
     return Solution(q, made, made, taken(None, weight, gram), damp, why)
 

@@ -7,8 +7,8 @@ from quantkit.later import Tensor, torch
 from quantkit.stats import Stats
 
 
-def rtn(weight: Tensor, stats: Stats | None, grid: Grid) -> Quantized:
-    """Quantize `weight` (N, K) on `grid`; `stats` is not looked at."""
+def rtn(weight: Tensor, grid: Grid) -> Quantized:
+    """Quantize `weight` (N, K) on `grid`, each group's range from its extremes."""
     groups = weight.float().unflatten(1, (-1, grid.group))
     return rounded(groups, *grid.plain(groups), grid)
 

@@ -66,7 +66,7 @@ def _solve(grid: Grid, piece: Piece) -> Iterator[Solved]:
         else:
             q = awq_round(weight, stats, grid, scale.expand(weight.shape[1]))
         value, plain = q.dequantize(), weight / scale
-        rounded = weight_loss(plain, rtn(plain, None, grid).dequantize(), stats)
+        rounded = weight_loss(plain, rtn(plain, grid).dequantize(), stats)
         log = {"loss_rounded": rounded, "order": "columns scaled", "fallback": fallback or None}
         yield Solved(name, _packed(name, q), value, weight_loss(plain, value / scale, stats), log)
 
