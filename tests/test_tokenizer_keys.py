@@ -213,3 +213,13 @@ def test_a_broken_configuration_is_refused_by_its_name() -> None:
     files = tokenizer_files(SENTENCEPIECE) | {"tokenizer_config.json": "{"}
     with pytest.raises(BadInput, match=r"tokenizer_config\.json: not JSON"):
         load_tokenizer(files)
+
+
+@pytest.mark.parametrize("prefix", ["##", "a prefix that is longer than any token"])
+def test_a_tokenizer_that_the_library_cannot_bear_is_refused(prefix: str) -> None:
+    """Of the second its Rust panics, which Python sees as no Exception."""
+    files = tokenizer_files(BYTE_LEVEL)
+    tokenizer = json.loads(files["tokenizer.json"])
+    tokenizer["model"]["continuing_subword_prefix"] = prefix
+    with pytest.raises(BadInput, match=r"tokenizer\.json: not a tokenizer"):
+        load_tokenizer(files | {"tokenizer.json": json.dumps(tokenizer)})

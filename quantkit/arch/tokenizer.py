@@ -59,8 +59,10 @@ def load_tokenizer(files: Mapping[str, str]) -> Tokenizer:
         raise BadInput("the model has no such file", where="tokenizer.json", hint="save it with a fast tokenizer first")
     try:
         backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
-    except Exception as error:  # the library raises bare Exception
-        raise BadInput(f"not a tokenizer: {error}", where="tokenizer.json") from error
+    except BaseException as error:  # the library raises bare Exception, and where its Rust panics not even that
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise BadInput(f"not a tokenizer: {error}", where="tokenizer.json", hint="get it again") from error
     try:
         config = json.loads(files.get("tokenizer_config.json", "{}"))
     except ValueError as error:
