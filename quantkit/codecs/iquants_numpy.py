@@ -11,23 +11,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import gguf
 import numpy as np
 
 from quantkit.codecs.codec import Bytes, Floats
+from quantkit.codecs.iquants_encode import LEVELS, SUB
 from quantkit.codecs.search import TINY, total
 
 Encoder = Callable[[Floats, Floats | None, Bytes], None]  # weights (rows, width), importance (width,), where to write
 
-SUB = 32  # weights under one scale, in both types
 SUBS = 8  # scales to a block of IQ4_XS
-LEVELS = np.array(gguf.quants.IQ4_NL.kvalues, np.float32)
 REACH = 256  # twice a number, rounded down, that is beyond all midpoints
 
 # By twice a number, rounded down, plus REACH: an index below zero would cost more than the whole step.
 _HALVES = np.arange(-REACH, REACH, dtype=np.float32) / 2
-_CODES = np.searchsorted((LEVELS[1:] + LEVELS[:-1]) / 2, _HALVES, side="right").astype(np.uint8)
-_LEVELS = LEVELS[_CODES]
+_RISING = np.array(LEVELS, np.float32)
+_CODES = np.searchsorted((_RISING[1:] + _RISING[:-1]) / 2, _HALVES, side="right").astype(np.uint8)
+_LEVELS = _RISING[_CODES]
 
 
 def _lanes(x: Floats, block: int) -> Floats:
@@ -66,11 +65,11 @@ def _scales(x: Floats, w: Floats) -> Floats:
         sum_l2 = total(np.multiply(wl, level, out=level))
         return total(np.multiply(wl, x, out=at)), sum_l2
 
-    sum_lx, sum_l2 = fit(1 / (-peak / LEVELS[0]))
+    sum_lx, sum_l2 = fit(1 / (-peak / _RISING[0]))
     d = np.where(sum_l2 > 0, sum_lx / sum_l2, np.float32(0))
     best = d * sum_lx
     for step in range(-7, 8):
-        sum_lx, sum_l2 = fit((step + LEVELS[0]) / peak)
+        sum_lx, sum_l2 = fit((step + _RISING[0]) / peak)
         better = (sum_l2 > 0) & (sum_lx * sum_lx > best * sum_l2)
         scale = sum_lx / sum_l2
         d, best = np.where(better, scale, d), np.where(better, scale * sum_lx, best)
