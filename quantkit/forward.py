@@ -14,6 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from quantkit.attention import attention_for
 from quantkit.errors import BadInput, UsageError
 from quantkit.hardware import may_have_card, multiplies_bf16
 from quantkit.later import Device, Tensor, nn, no_grad, torch
@@ -132,7 +133,8 @@ def network(
     dtype = dtype or torch.float32  # not a default value, for which torch would have to be there
     config = transformers_config(model.config, model.path)
     # the fused kernels know no soft cap on attention and would leave it out
-    config._attn_implementation = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    soft = getattr(config, "attn_logit_softcapping", None)
+    config._attn_implementation = "eager" if soft else attention_for(device)
     config._experts_implementation = "eager"
     try:
         with torch.device("meta"):

@@ -3,13 +3,14 @@
 Factors are float32, or bf16 as a calibrated block's matrices are fed them; either way they are added up in float32. A
 CUDA device gives that at once. A CPU rounds what it makes of bf16 factors to bf16 as well, so there it is asked by how
 much a batch differs from the mean of those before: of that 2^-9 is lost, and the difference itself is chance. Such a
-sum takes 0.55 of float32's time. A batch of more rows than came before, as the first is, has no such mean: float32.
+sum takes 0.55 of float32's time. The first few rows have no such mean and are multiplied as float32.
 """
 
 from __future__ import annotations
 
 from quantkit.later import Tensor, on_cpu, torch
 
+FEW = 256  # rows; a batch of more than came before it is taken in halves, down to these
 PANEL = 256  # rows of a sum, about: small beside the widths of models, large enough for full matmul speed
 
 
@@ -36,6 +37,12 @@ def _add(into: Tensor, y: Tensor, x: Tensor, before: int) -> None:
         into.addmm_(y.T, x)
     elif not on_cpu(x.device):
         into.add_(torch.mm(y.T, x, out_dtype=torch.float32))
-    else:
+    elif before >= len(x) > 0:
         mean = (into * (len(x) / before)).bfloat16()
         into.add_(torch.addmm(mean, y.T, x, beta=-1)).add_(mean)
+    elif len(x) <= FEW:
+        into.addmm_(y.T.float(), x.float())
+    else:
+        half = len(x) // 2
+        _add(into, y[:half], x[:half], before)
+        _add(into, y[half:], x[half:], before + half)

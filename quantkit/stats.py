@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from quantkit.gram import add_gram, add_product, panels
-from quantkit.later import Tensor, on_cpu, torch
+from quantkit.later import Tensor, torch
 
 MANY, EVERY = 256, 4  # rows of a matrix that is not told of whole, and how far apart those are that are
 
@@ -43,8 +43,7 @@ class Stats:
         The sums grow in place: the old record must not be used again.
         """
         x = x.reshape(-1, x.shape[-1]).float()
-        mixed = self.mixed and (0 < len(x) <= self.rows or not on_cpu(x.device))
-        kind = torch.bfloat16 if mixed else torch.float32
+        kind = torch.bfloat16 if self.mixed else torch.float32
         factor, drift, y = x.to(kind), self.drift, self.wanted
         if source is not None:
             drift = torch.zeros_like(self.upper) if drift is None else drift

@@ -15,9 +15,9 @@ def test_mixed_sums_lose_a_share_of_what_batches_differ_by():
     wanted = batches[..., :300] * 2 + torch.randn(6, 512, 300, generator=g)
     whole, mixed = Stats.zeros(600), Stats.zeros(600, mixed=True)
     gram, aim = torch.zeros(600, 600).double(), torch.zeros(300, 600).double()
-    for i, (x, y) in enumerate(zip(batches, wanted, strict=True)):
+    for x, y in zip(batches, wanted, strict=True):
         whole, mixed = whole.add(x, wanted=y), mixed.add(x, wanted=y)
-        factor, other = (t.bfloat16().double() if i else t.double() for t in (x, y))
+        factor, other = (t.bfloat16().double() for t in (x, y))
         gram, aim = gram + factor.T @ factor, aim + other.T @ factor
     assert torch.equal(whole.importance, mixed.importance)
     assert torch.equal(whole.act_scale, mixed.act_scale)
@@ -27,12 +27,13 @@ def test_mixed_sums_lose_a_share_of_what_batches_differ_by():
     assert (mixed.wanted - aim).abs().div(outputs[:, None] * columns).max() < 2**-12
 
 
-def test_batches_with_too_little_before_them_are_whole():
+def test_batches_with_too_little_before_them_are_multiplied_as_float32():
     """As of experts that hardly any token of the first batches asks for."""
     g = torch.Generator().manual_seed(0)
     batches = [torch.randn(rows, 320, generator=g) for rows in (0, 3, 200)]
     whole, mixed = Stats.zeros(320), Stats.zeros(320, mixed=True)
     for x in batches:
-        whole, mixed = whole.add(x), mixed.add(x)
+        whole, mixed = whole.add(x.bfloat16()), mixed.add(x)
+    whole.gram.diagonal().copy_(mixed.gram.diagonal())  # squares are of what was not rounded
     assert torch.equal(whole.gram, mixed.gram) and mixed.rows == 203
     assert not torch.equal(whole.add(batches[2]).gram, mixed.add(batches[2]).gram)

@@ -61,7 +61,12 @@ def _factor(gram: Tensor, damp: float, order: Tensor | None) -> Tensor | None:
 def with_damping(gram: Tensor, damp: float, order: Tensor | None = None) -> Tensor:
     """`gram` with `damp` of its mean diagonal added to the diagonal, and all of it where a column was not seen."""
     damped = gram.clone() if order is None else gram[order[:, None], order]
-    own = damped.diagonal()
-    mean = own.mean()
-    own.add_(torch.where(own == 0, mean, damp * mean))
+    damped.diagonal().add_(added(damped, damp))
     return damped
+
+
+def added(gram: Tensor, damp: float) -> Tensor:
+    """What `with_damping` adds to the diagonal, (K,)."""
+    own = gram.diagonal()
+    mean = own.mean()
+    return torch.where(own == 0, mean, damp * mean)

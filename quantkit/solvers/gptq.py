@@ -19,13 +19,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from quantkit.codecs.grid import Grid, Quantized
 from quantkit.codecs.sharing import one_each, one_thread, share_out
 from quantkit.errors import BadInput
 from quantkit.later import Tensor, torch
-from quantkit.solvers.damping import damped_factor, inverse_factor, seen, with_damping
+from quantkit.solvers.damping import added, damped_factor, inverse_factor, seen, with_damping
 from quantkit.solvers.replay import replayed
 from quantkit.solvers.rtn import rtn, weighted
 from quantkit.stats import Stats, errors, told
@@ -147,21 +148,25 @@ def aim(weight: Tensor, stats: Stats) -> Tensor:
 
     That is W x~ of the source's activations x~, or where the outcome is added to the residual stream, what the source's
     stream has behind the layer, less what the quantized one has before it: then A makes up, as far as x tells, for what
-    went wrong in the stream as well. A = W + (sum of (y - W x)^T x) (sum of x^T x)^-1, the latter damped by `AIM_DAMP`;
-    W itself where no damping gives an inverse.
+    went wrong in the stream as well. With H the sum of x^T x and D the damping of `AIM_DAMP` on its diagonal, which
+    draws A to W, A = (sum of y^T x + W D) (H + D)^-1; W itself where no damping gives an inverse.
     """
-    if stats.wanted is not None:
-        missed = torch.addmm(stats.wanted, weight, stats.gram, alpha=-1)
-    elif stats.drift is not None:
-        missed = weight @ stats.drift
-    else:
+    if stats.wanted is None and stats.drift is None:
         return weight
-    lower, _ = damped_factor(stats.gram, AIM_DAMP)
+    lower, damp = damped_factor(stats.gram, AIM_DAMP)
     if lower is None:
         return weight
+    if stats.wanted is not None:
+        return _divided(torch.addcmul(stats.wanted, weight, added(stats.gram, damp)), lower)
+    assert stats.drift is not None  # y is W x~: few rows to divide, however many the weight has
+    return torch.addmm(weight, weight, _divided(stats.drift.clone(), lower))
+
+
+def _divided(rows: Tensor, lower: Tensor) -> Tensor:
+    """`rows` (N, K) times the inverse of the matrix (K, K) whose Cholesky factor is `lower`; in place."""
     for factor, upper in ((lower.T, True), (lower, False)):
-        torch.linalg.solve_triangular(factor, missed, upper=upper, left=False, out=missed)
-    return missed.add_(weight)
+        torch.linalg.solve_triangular(factor, rows, upper=upper, left=False, out=rows)
+    return rows
 
 
 def _compensated(goal: Tensor, gram: Tensor, grid: Grid, damp: float) -> tuple[Quantized | None, float]:
@@ -240,12 +245,13 @@ def polish(weight: Tensor, hessian: Tensor, q: Quantized, grid: Grid, passes: in
     left = hessian @ (weight - q.dequantize()).T  # (K, N): minus half the gradient
     codes, scales, zeros = (t.T.contiguous().float() for t in (q.codes, q.scales, q.zeros))
     better = replayed(partial(_reconsider, grid), codes[:g], left[:g], hessian[:g, :g], scales[0], scales[0])
-    for start in list(range(0, len(codes), g)) * passes:
+    for turn, start in product(range(passes), range(0, len(codes), g)):
         block, i = slice(start, start + g), start // g
         own = hessian[block, block].contiguous()
         with one_thread():
             codes[block], scales[i], moved = better(codes[block], left[block], own, scales[i], zeros[i])
-        left.addmm_(hessian[block].T, moved, alpha=-1)
+        due = slice(0 if turn < passes - 1 else start + g, None)  # nothing comes back to earlier groups
+        left[due].addmm_(hessian[block, due].T, moved, alpha=-1)
     return replace(q, codes=codes.T.byte().contiguous(), scales=scales.T.half().contiguous())
 
 

@@ -1,0 +1,52 @@
+"""Causal attention in steps of queries: what torch makes of all of them at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from quantkit.attention import AT_ONCE, STEP, attention_for, causal_in_steps
+
+
+def attention(groups: int) -> torch.nn.Module:
+    module = torch.nn.Module()
+    module.num_key_value_groups = groups
+    return module
+
+
+@pytest.mark.parametrize("length", [1, STEP, STEP + 1, 200, AT_ONCE, AT_ONCE + 1])
+@pytest.mark.parametrize("heads,of_keys", [(4, 4), (6, 2)])
+def test_it_is_causal_attention(length: int, heads: int, of_keys: int):
+    g = torch.Generator().manual_seed(length)
+    query = torch.randn(2, length, heads, 16, generator=g).transpose(1, 2).requires_grad_()
+    key, value = (torch.randn(2, of_keys, length, 16, generator=g).requires_grad_() for _ in range(2))
+    module, inputs = attention(heads // of_keys), (query, key, value)
+    out, _ = causal_in_steps(module, *inputs, None, scaling=0.3)
+    whole = scaled_dot_product_attention(*inputs, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(out, whole)
+    for mine, theirs in zip(*(torch.autograd.grad(o.square().sum(), inputs) for o in (out, whole)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_what_is_not_causal_alone_is_left_to_transformers():
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 130, 16, generator=g) for _ in range(3))
+    window = torch.ones(1, 1, 130, 130, dtype=torch.bool).tril().triu(-40)
+    given = (
+        {"attention_mask": window},  # Gemma's sliding window
+        {"attention_mask": None, "is_causal": False},
+        {"attention_mask": None, "position_bias": torch.randn(1, 2, 130, 130, generator=g)},
+    )
+    for how in given:
+        out, _ = causal_in_steps(attention(1), query, key, value, **how)
+        assert torch.equal(out, sdpa_attention_forward(attention(1), query, key, value, **how)[0])
+    one, _ = causal_in_steps(attention(1), query[:, :, -1:], key, value, None)  # a token that is generated
+    torch.testing.assert_close(
+        one, scaled_dot_product_attention(query, key, value, is_causal=True)[:, :, -1:].transpose(1, 2)
+    )
+
+
+def test_a_cuda_device_has_its_own_kernels():
+    assert attention_for("cuda:0") == "sdpa" != attention_for("cpu")
