@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
@@ -270,6 +271,10 @@ def test_a_terminated_run_leaves_nothing(options, tmp_path):
     process.terminate()
     process.communicate(timeout=60)
     assert process.returncode == 143 and (not out.exists() or not os.listdir(out))
+
+
+def test_the_version_is_told():
+    assert quantkit("--version") == (0, f"quantkit {version('gguf-quantkit')}\n", "")
 
 
 def test_the_installed_command_shows_its_exit_codes():

@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import warnings
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -28,6 +30,21 @@ app.command("advise")(advise.command)
 app.command("compare")(compare.command)
 app.command("imatrix")(imatrix.command)
 app.command("inspect")(inspect.command)
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        print(f"quantkit {version('gguf-quantkit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    wanted: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", is_eager=True, callback=_tell_version)
+    ] = False,
+) -> None:
+    pass
 
 
 class Interrupted(BaseException):
