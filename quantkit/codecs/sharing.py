@@ -25,7 +25,7 @@ Rows = Callable[[slice], Tensor]  # rows of a matrix (rows, width), read or comp
 
 SLAB = 1 << 18  # weights: one MiB of float32, half of a common L2 cache
 SLAB_ELSEWHERE = 1 << 24
-BACKGROUND, NICE = 2, 5  # threads of `background`, and how far they step back: but not behind other programs
+BACKGROUND, NICE = 2, 10  # threads of `background`, and how far they step back: but not behind other programs
 
 
 def thread_count() -> int:
