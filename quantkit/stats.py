@@ -12,7 +12,7 @@ from functools import cached_property
 from quantkit.gram import add_gram, add_product, panels
 from quantkit.later import Tensor, torch
 
-MANY, EVERY = 256, 4  # rows of a matrix that is not told of whole, and how far apart those are that are
+MANY, EVERY = 256, 8  # rows of a matrix that is not told of whole, and how far apart those are that are
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Stats:
 
 
 def told(rows: int) -> slice:
-    """The rows of a matrix of so many whose errors go into a report: of many, every fourth, for they are alike.
+    """The rows of a matrix of so many whose errors go into a report: of many, every eighth, for they are alike.
 
     Errors of all of them cost as many operations as what is done to the matrix.
     """
