@@ -1,7 +1,7 @@
 """Attention on a CPU, where torch's kernel works out what lies above the diagonal as well and throws it away.
 
 It takes up to 512 keys at once, whatever a causal mask leaves of them. Here 64 queries at a time are asked for with the
-keys that they see: of 512 tokens that is 9/16 of the products, and 0.7 of the time.
+keys that they see: of 512 tokens that is 9/16 of the products, and 0.7 of the time in bf16, 0.85 in float32.
 """
 
 from __future__ import annotations
