@@ -1,6 +1,8 @@
 """Causal attention on a CPU in steps of queries (`quantkit/attention.py`) against torch's kernel asked once, in turns.
 
     python benchmarks/attention.py --threads 1
+
+A table of ratios: under 1, the steps take less.
 """
 
 from __future__ import annotations
