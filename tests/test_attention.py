@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from toy import toy_model, write_toy
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from quantkit.attention import AT_ONCE, STEP, attention_for, causal_in_steps
+from quantkit.forward import embed, network, run
+from quantkit.model import open_model
 
 
 def attention(groups: int) -> torch.nn.Module:
@@ -46,6 +51,16 @@ def test_what_is_not_causal_alone_is_left_to_transformers():
     torch.testing.assert_close(
         one, scaled_dot_product_attention(query, key, value, is_causal=True)[:, :, -1:].transpose(1, 2)
     )
+
+
+def test_a_network_on_a_cpu_attends_in_steps(tmp_path):
+    net = network(open_model(write_toy(tmp_path / "toy.gguf", toy_model())), torch.device("cpu"))
+    states = embed(net, torch.arange(2 * STEP + 5)[None] % 50)
+    function = "torch.nn.functional.scaled_dot_product_attention"
+    with net.block(0) as block, mock.patch(function, wraps=scaled_dot_product_attention) as asked:
+        run(states, 0, block, net.device)
+    seen = [(call.args[0].shape[2], call.args[1].shape[2]) for call in asked.call_args_list]
+    assert seen == [(STEP, STEP), (STEP, 2 * STEP), (5, 2 * STEP + 5)]
 
 
 def test_a_cuda_device_has_its_own_kernels():
