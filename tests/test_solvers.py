@@ -176,6 +176,17 @@ def test_awq_scales_and_clips_only_where_that_helps():
     assert scaled < plain and clipped < scaled
 
 
+def test_awq_clips_a_group_behind_the_errors_of_all_others():
+    """So that no row is worse than rounded; by each group's own errors alone, rows that share their inputs are."""
+    x = torch.randn(400, K // G, generator=torch.Generator().manual_seed(3)).repeat_interleave(G, 1)
+    stats = Stats.zeros(K).add(x + 0.1 * torch.randn(400, K, generator=torch.Generator().manual_seed(4)))
+    w, grid = weight(n=500), Grid(3, G, symmetric=False)
+    clipped, rounded = (
+        errors(q.dequantize() - w, stats.gram) for q in (awq_round(w, stats, grid, torch.ones(K)), rtn(w, grid))
+    )
+    assert bool((clipped <= rounded * (1 + 1e-5)).all()) and clipped.sum() < 0.5 * rounded.sum()
+
+
 def test_awq_leaves_columns_without_activations_unscaled():
     x = torch.randn(200, K, generator=torch.Generator().manual_seed(5)) * torch.linspace(0.01, 5, K)
     x[:, 7] = 0
