@@ -20,11 +20,11 @@ from quantkit.stats import Stats, error
 
 Solve = Callable[[Tensor, Tensor, Stats, Grid], Tensor]  # weight (N, K), scales of columns (K,) -> what is left of it
 
-ROWS = 256  # outputs that the search for a scale looks at, evenly spaced: one scale serves them all
+ROWS = 128  # outputs that the search for a scale looks at, evenly spaced: one scale serves them all
 STEPS = 20  # exponents are multiples of 1/20 below 1 (llm-awq `auto_scale.py`, n_grid)
 SHRINK = tuple(1.0 - i / 32 for i in range(9))  # of ranges, all tried: as many down to a half cost 3% of the KL
 ROUNDS = 2  # over all groups: one costs 5% of the KL, four gain nothing
-SLAB = 256  # rows that a CPU clips at a time: a group of them, in all its ranges, stays in a core's cache
+SLAB = 256  # rows that a CPU clips at a time: a group of them, in all its ranges, about fills its cache
 STRIDES = (4, 2, 1)  # how far apart those are that are tried, the first time over all, then beside the best
 
 
