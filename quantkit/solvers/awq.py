@@ -10,6 +10,7 @@ over groups, which a search by each group's own block of G (llm-awq `auto_clip.p
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 from quantkit.codecs.grid import Grid, Quantized
 from quantkit.codecs.sharing import one_each, share_out
@@ -22,9 +23,9 @@ Solve = Callable[[Tensor, Tensor, Stats, Grid], Tensor]  # weight (N, K), scales
 
 ROWS = 128  # outputs that the search for a scale looks at, evenly spaced: one scale serves them all
 STEPS = 20  # exponents are multiples of 1/20 below 1 (llm-awq `auto_scale.py`, n_grid)
-SHRINK = tuple(1.0 - i / 32 for i in range(9))  # of ranges, all tried: as many down to a half cost 3% of the KL
-ROUNDS = 2  # over all groups: one costs 5% of the KL, four gain nothing
-SLAB = 256  # rows that a CPU clips at a time: a group of them, in all its ranges, about fills its cache
+STEP, LAST = 1 / 32, 8  # a range is clipped by so much, and at most so many times
+TRIED = (range(0, LAST + 1, 2), range(-1, 2))  # how often: over all groups like this, then again beside the best
+SLAB = 512  # rows that a CPU clips at a time: a group of them in all its ranges about fills a core's cache
 STRIDES = (4, 2, 1)  # how far apart those are that are tried, the first time over all, then beside the best
 
 
@@ -81,7 +82,6 @@ def awq_round(weight: Tensor, stats: Stats, grid: Grid, scale: Tensor) -> Quanti
 
 def _clipped(weight: Tensor, gram: Tensor, inverse: Tensor, grid: Grid) -> Quantized:
     """Rows rounded; by coordinate descent on their error, whose coordinates are the ranges of groups."""
-    shrink = torch.tensor(SHRINK, device=weight.device)[:, None]
     groups = weight.unflatten(1, (-1, grid.group)).transpose(0, 1).contiguous()  # (G, N, g)
     low, high = groups.amin(-1), groups.amax(-1)
     reach = torch.maximum(-low, high)
@@ -91,14 +91,17 @@ def _clipped(weight: Tensor, gram: Tensor, inverse: Tensor, grid: Grid) -> Quant
         return grid.levels(grid.codes(group, scale, zero), scale, zero).sub_(group)
 
     made = off(groups, scale, zero).transpose(0, 1).flatten(1).mul_(inverse)  # (N, K), of the weight as it was
-    for i in list(range(len(groups))) * ROUNDS:
+    times = torch.zeros_like(low)
+    for tried, i in product(TRIED, range(len(groups))):
         own, group = slice(i * grid.group, (i + 1) * grid.group), groups[i]
         inside, factor = gram[own, own], inverse[own]
         others = (made @ gram[own].T).addmm_(made[:, own], inside, alpha=-1).mul_(2 * factor)
-        tried = grid.between(torch.maximum(low[i], -shrink * reach[i]), torch.minimum(high[i], shrink * reach[i]))
-        delta = off(group, *tried)  # (ranges, N, g)
+        often = (times[i] + times.new_tensor(tried)[:, None]).clamp_(0, LAST)  # (ranges, N)
+        most = (1 - STEP * often) * reach[i]
+        ranges = grid.between(torch.maximum(low[i], -most), torch.minimum(high[i], most))
+        delta = off(group, *ranges)  # (ranges, N, g)
         inside = inside * factor * factor[:, None]
         best = (delta @ inside).add_(others).mul_(delta).sum(-1).argmin(0, keepdim=True)
-        scale[i], zero[i] = (of.gather(0, best)[0] for of in tried)
+        times[i], scale[i], zero[i] = (of.gather(0, best)[0] for of in (often, *ranges))
         made[:, own] = off(group, scale[i], zero[i]).mul_(factor)
     return rounded(groups.transpose(0, 1), scale.T, zero.T, grid)
