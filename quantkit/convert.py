@@ -57,8 +57,7 @@ def convert(
             sums: Sums = {}
             calibrated = calibration if plan.calibrated else None
             yield from _solve(model, net and for_calibration(net), products, device, calibrated, sums)
-            weighted = any(o.format == "gguf" and o.calibrated and not o.behind for o in plan.outputs)
-            if weighted and calibration is not None and text is not None:
+            if calibration is not None and text is not None and any(o.weighted for o in plan.outputs):
                 write_imatrix(out / IMATRIX_FILE, imatrix_of(model, sums, text.name, calibration))
             finished = []
             for p in products:
@@ -138,7 +137,8 @@ def _solve(
                 p.journal = journal(p.output, model, calibration, device)
                 p.resumed = p.journal.resume()
     shared = any(p.output.calibrated and (p.output.scaled or not p.output.behind) for p in products)
-    for step in walk(model, net, states, device, shared, bool(rows)):
+    weighted = any(p.output.weighted for p in products)
+    for step in walk(model, net, states, device, shared, bool(rows), exact=weighted):
         others = [p for p in products if p.output.target not in rows]
         yield from each(others, Piece(model, step.refs, step.weights, step.stats, device))
         for p in products:

@@ -162,6 +162,11 @@ class Output:
         return self.layout.nbytes + sum(len(t.encode()) for t in self.texts.values())
 
     @property
+    def weighted(self) -> bool:
+        """Whether it is encoded under the importance matrix of the source's activations, which goes into a file."""
+        return self.format == "gguf" and self.calibrated and not self.behind
+
+    @property
     def lasting(self) -> bool:
         """Whether a block takes so long that it is kept until all are done (`quantkit.journal`)."""
         return any(row.solver == LEARNED for row in self.rows)
