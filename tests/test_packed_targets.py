@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import gguf
@@ -13,19 +14,20 @@ import torch
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from gguf import GGMLQuantizationType as T
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_convert import quantkit
 from test_forward import logits
 from toy import toy_model, write_toy
 from transformers import AutoModelForCausalLM
 
 from quantkit.codecs.grid import Grid
+from quantkit.errors import FormatError
 from quantkit.model import open_model
 from quantkit.solvers.exact import exact
 
 CALIBRATION = ("--samples", 4, "--seqlen", 64, "--no-eval", "--device", "cpu")
 SOLVED = ("gptq-4bit-64g-asym", "gptq-4bit-64g-desc", "gptq-4bit-pc", "gptq-2bit-128g", "ct-4bit-64g")
-SOLVED += ("ct-4bit-64g-asym", "ct-8bit-pc")
+SOLVED += ("ct-4bit-64g-asym", "ct-8bit-pc", "awq-4bit-64g")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,32 @@ def test_compressed_tensors_reads_the_same_weights(made, target):
         parts["weight_scale"] = parts["weight_scale"].float()
         theirs = PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
         assert torch.equal(theirs, ours.tensors[f"{stem}.weight"].read()), stem
+
+
+def retyped(folder: Path, there: Path, end: str, dtype: torch.dtype) -> Path:
+    """A copy of `folder` in which tensors of names that end so are of another type."""
+    shutil.copytree(folder, there)
+    tensors = load_file(folder / "model.safetensors")
+    others = {n: t.to(dtype) if n.endswith(end) else t for n, t in tensors.items()}
+    save_file(others, there / "model.safetensors", {"format": "pt"})
+    return there
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("target", ["gptq-4bit-pc", "awq-4bit-64g", "ct-4bit-64g"])
+def test_scales_may_be_of_any_float_type(made, target, dtype, tmp_path):
+    """GPTQModel writes those of AWQ in the model's own type."""
+    ours = open_model(made[0] / target).tensors
+    theirs = open_model(retyped(made[0] / target, tmp_path / "copy", "scale" if "ct" in target else "scales", dtype))
+    for name, ref in theirs.tensors.items():
+        assert torch.allclose(ref.read(), ours[name].read(), rtol=0 if dtype == torch.float32 else 2**-8, atol=0), name
+
+
+@pytest.mark.parametrize(("target", "end"), [("gptq-4bit-pc", "g_idx"), ("awq-4bit-64g", "qweight")])
+def test_codes_that_are_no_integers_are_refused(made, target, end, tmp_path):
+    folder = retyped(made[0] / target, tmp_path / "copy", end, torch.bfloat16)
+    with pytest.raises(FormatError, match=rf"\.{end} has the type BF16"):
+        open_model(folder)
 
 
 @pytest.mark.parametrize("target", ["ct-4bit-64g", "ct-8bit-pc"])
@@ -152,7 +180,7 @@ def test_every_solved_layer_is_in_the_log(made):
     assert rows[0] == ["target", "tensor", "solver", *found_how, "seconds"]
     assert len(rows) == 1 + len(SOLVED) * 21
     for variant in report["variants"]:
-        solved = [t for t in variant["tensors"] if t["solver"] == "gptq"]
+        solved = [t for t in variant["tensors"] if t["solver"] in ("gptq", "awq")]
         assert len(solved) == 21 and all(t["loss"] < t["loss_rounded"] and t["fallback"] is None for t in solved)
 
 

@@ -15,6 +15,7 @@ compressed-tensors "pack-quantized" (its `pack_quantized/helpers.py`), codes as 
     weight_packed int32 (N, K*b/32)       codes along K, low bits first
     weight_scale  fp16  (N, K/g)          weight_shape int64 (2,): N, K
     weight_zero_point int32 (N*b/32, K/g) along N, where zeros are not all 2^(b-1)
+Scales of bf16 and float32 are read as well: some write them in the model's own type.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def unpack_gptq(parts: Mapping[str, Tensor], bits: int, v2: bool, where: str) ->
     zeros = unpack_bits(parts["qzeros"].numpy().T, bits).T.astype(np.int16)  # (G, N)
     if not v2:
         zeros = (zeros + 1) & (2**bits - 1)  # v1 wraps: a stored all-ones is zero 0 (AutoGPTQ)
-    scales, group = parts["scales"].numpy().astype(np.float32), parts["g_idx"].numpy()
+    scales, group = parts["scales"].float().numpy(), parts["g_idx"].numpy()
     if codes.shape[0] != len(group) or (len(group) and not 0 <= group.min() <= group.max() < len(scales)):
         raise FormatError("g_idx does not match qweight and scales", where=where, hint=_DAMAGED)
     return torch.from_numpy(((codes - zeros[group]) * scales[group]).T.copy())
@@ -114,7 +115,7 @@ def unpack_awq(parts: Mapping[str, Tensor], where: str) -> Tensor:
         return nibbles.reshape(len(words), -1, 8)[..., back].reshape(len(words), -1).astype(np.int16)
 
     codes, zeros = rows(parts["qweight"].numpy()), rows(parts["qzeros"].numpy())
-    scales = parts["scales"].numpy().astype(np.float32)
+    scales = parts["scales"].float().numpy()
     if codes.shape[0] % len(scales) or zeros.shape != scales.shape:
         raise FormatError("qweight, qzeros and scales do not fit together", where=where, hint=_DAMAGED)
     group = np.arange(len(codes)) // (len(codes) // len(scales))

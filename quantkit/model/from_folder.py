@@ -104,6 +104,9 @@ def _dense_ref(folder: Folder, placed: Placed, _: Mapping[str, Any]) -> Ref:
     return Ref(placed, entry.type, entry.nbytes, lambda: folder.read(placed.hf).float(), stored if plain else None)
 
 
+_SCALE_PARTS, _SCALES, _INTEGERS = ("scales", "weight_scale"), ("F16", "BF16", "F32"), ("I32", "I64")
+
+
 def _packed_ref(
     folder: Folder,
     placed: Placed,
@@ -117,6 +120,9 @@ def _packed_ref(
         return _dense_ref(folder, placed, {})
     if missing := [n for n in names.values() if n not in folder.entries]:
         raise BadInput(f"the tensor {missing[0]} is missing", where=folder.path, hint="the folder is not complete")
+    for part, name in names.items():
+        if (kind := folder.entries[name].type) not in (_SCALES if part in _SCALE_PARTS else _INTEGERS):
+            raise FormatError(f"{name} has the type {kind}", where=folder.path, hint="the folder is damaged")
 
     def read() -> Tensor:
         weight = unpack({part: folder.read(n) for part, n in names.items()})
