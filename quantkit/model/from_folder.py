@@ -121,8 +121,9 @@ def _packed_ref(
     if missing := [n for n in names.values() if n not in folder.entries]:
         raise BadInput(f"the tensor {missing[0]} is missing", where=folder.path, hint="the folder is not complete")
     for part, name in names.items():
-        if (kind := folder.entries[name].type) not in (_SCALES if part in _SCALE_PARTS else _INTEGERS):
-            raise FormatError(f"{name} has the type {kind}", where=folder.path, hint="the folder is damaged")
+        kind, known = folder.entries[name].type, _SCALES if part in _SCALE_PARTS else _INTEGERS
+        if kind not in known:
+            raise FormatError(f"{name} has the type {kind}", where=folder.path, hint=f"known: {', '.join(known)}")
 
     def read() -> Tensor:
         weight = unpack({part: folder.read(n) for part, n in names.items()})

@@ -21,12 +21,12 @@ from quantkit.stats import Stats, error
 
 Solve = Callable[[Tensor, Tensor, Stats, Grid], Tensor]  # weight (N, K), scales of columns (K,) -> what is left of it
 
-ROWS = 128  # outputs that the search for a scale looks at, evenly spaced: one scale serves them all
+ROWS, ROWS_SOLVED = 128, 256  # outputs, evenly spaced, that a search by rounding looks at, and one by GPTQ
 STEPS = 20  # exponents are multiples of 1/20 below 1 (llm-awq `auto_scale.py`, n_grid)
-STEP, LAST = 1 / 32, 8  # a range is clipped by so much, and at most so many times
-TRIED = (range(0, LAST + 1, 2), range(-1, 2))  # how often: over all groups like this, then again beside the best
-SLAB = 512  # rows that a CPU clips at a time: a group of them in all its ranges about fills a core's cache
 STRIDES = (4, 2, 1)  # how far apart those are that are tried, the first time over all, then beside the best
+CLIP, MOST = 1 / 32, 8  # a range is clipped by so much, and at most so many times
+TRIED = (range(0, MOST + 1, 2), range(-1, 2))  # how often: over all groups like this, then again beside the best
+SLAB = 512  # rows that a CPU clips at a time: a group of them in all its ranges about fills a core's cache
 
 
 def nearest(weight: Tensor, scale: Tensor, stats: Stats, grid: Grid) -> Tensor:
@@ -40,13 +40,13 @@ def compensated(weight: Tensor, scale: Tensor, stats: Stats, grid: Grid) -> Tens
     return found.quantized.dequantize() / scale
 
 
-def awq_scale(weight: Tensor, stats: Stats, grid: Grid, solve: Solve = nearest) -> Tensor:
+def awq_scale(weight: Tensor, stats: Stats, grid: Grid, solve: Solve = nearest, most: int = ROWS) -> Tensor:
     """The column scales (K,) for `weight` (N, K): all the weights that read one activation, stacked.
 
-    `solve` is what scales are tried with. All ones where no exponent does better than none. Columns without activations
-    keep scale 1.
+    `solve` is what scales are tried with, on `most` rows. All ones where no exponent does better than none. Columns
+    without activations keep scale 1.
     """
-    rows = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight)), device=weight.device).round().long()
+    rows = torch.linspace(0, len(weight) - 1, min(most, len(weight)), device=weight.device).round().long()
     weight = weight[rows]
     losses: dict[int, float] = {}
 
@@ -96,8 +96,8 @@ def _clipped(weight: Tensor, gram: Tensor, inverse: Tensor, grid: Grid) -> Quant
         own, group = slice(i * grid.group, (i + 1) * grid.group), groups[i]
         inside, factor = gram[own, own], inverse[own]
         others = (made @ gram[own].T).addmm_(made[:, own], inside, alpha=-1).mul_(2 * factor)
-        often = (times[i] + times.new_tensor(tried)[:, None]).clamp_(0, LAST)  # (ranges, N)
-        most = (1 - STEP * often) * reach[i]
+        often = (times[i] + times.new_tensor(tried)[:, None]).clamp_(0, MOST)  # (ranges, N)
+        most = (1 - CLIP * often) * reach[i]
         ranges = grid.between(torch.maximum(low[i], -most), torch.minimum(high[i], most))
         delta = off(group, *ranges)  # (ranges, N, g)
         inside = inside * factor * factor[:, None]

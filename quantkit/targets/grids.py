@@ -19,7 +19,7 @@ from quantkit.files.safetensors import Spec
 from quantkit.later import Tensor, torch
 from quantkit.model import Model, Ref
 from quantkit.model.mixed import compressed_settings, gptq_settings
-from quantkit.solvers.awq import awq_scale, compensated
+from quantkit.solvers.awq import ROWS_SOLVED, awq_scale, compensated
 from quantkit.solvers.exact import exact
 from quantkit.solvers.gptq import by_activation, gptq, rounding
 from quantkit.solvers.learned import Ranged
@@ -196,7 +196,7 @@ def solving(
                 yield from solved(piece, activation, together, folded)
 
     def search(weights: Tensor, stats: Stats) -> Tensor:
-        return awq_scale(weights, stats, asked.grid("", weights.shape[1]), compensated)
+        return awq_scale(weights, stats, asked.grid("", weights.shape[1]), compensated, ROWS_SOLVED)
 
     def solved(piece: Piece, activation: str, names: list[str], folded: Folded) -> Iterator[Solved]:
         if not names:
