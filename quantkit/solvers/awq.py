@@ -92,11 +92,11 @@ def _clipped(weight: Tensor, gram: Tensor, inverse: Tensor, grid: Grid) -> Quant
 
     made = off(groups, scale, zero).transpose(0, 1).flatten(1).mul_(inverse)  # (N, K), of the weight as it was
     times = torch.zeros_like(low)
-    for tried, i in product(TRIED, range(len(groups))):
+    for tried, i in product([times.new_tensor(tried)[:, None] for tried in TRIED], range(len(groups))):
         own, group = slice(i * grid.group, (i + 1) * grid.group), groups[i]
         inside, factor = gram[own, own], inverse[own]
         others = (made @ gram[own].T).addmm_(made[:, own], inside, alpha=-1).mul_(2 * factor)
-        often = (times[i] + times.new_tensor(tried)[:, None]).clamp_(0, MOST)  # (ranges, N)
+        often = (times[i] + tried).clamp_(0, MOST)  # (ranges, N)
         most = (1 - CLIP * often) * reach[i]
         ranges = grid.between(torch.maximum(low[i], -most), torch.minimum(high[i], most))
         delta = off(group, *ranges)  # (ranges, N, g)
