@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from toy import toy_model, write_toy
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from quantkit.attention import AT_ONCE, STEP, attention_for, causal_in_steps
+from quantkit.attention import AT_ONCE, STEP, _attended, attention_for, causal_in_steps
 from quantkit.forward import embed, network, run
 from quantkit.model import open_model
 
@@ -21,7 +21,7 @@ def attention(groups: int) -> torch.nn.Module:
     return module
 
 
-@pytest.mark.parametrize("length", [1, STEP, STEP + 1, 200, AT_ONCE, AT_ONCE + 1])
+@pytest.mark.parametrize("length", [1, STEP, STEP + 1, 200, AT_ONCE // 4, AT_ONCE // 4 + 1])
 @pytest.mark.parametrize("heads,of_keys", [(4, 4), (6, 2)])
 def test_it_is_causal_attention(length: int, heads: int, of_keys: int):
     g = torch.Generator().manual_seed(length)
@@ -53,14 +53,24 @@ def test_what_is_not_causal_alone_is_left_to_transformers():
     )
 
 
+def test_scores_are_float32_where_values_are_bf16():
+    g = torch.Generator().manual_seed(0)
+    query, key = (20 * torch.randn(1, 2, 130, 16, generator=g) for _ in range(2))  # in bf16 scores would be off by 4
+    value = torch.randn(1, 2, 130, 16, generator=g)
+    exact = scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=True).transpose(1, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = causal_in_steps(attention(1), query, key, value.bfloat16(), None)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), exact, atol=0.02, rtol=0.01)
+
+
 def test_a_network_on_a_cpu_attends_in_steps(tmp_path):
     net = network(open_model(write_toy(tmp_path / "toy.gguf", toy_model())), torch.device("cpu"))
-    states = embed(net, torch.arange(2 * STEP + 5)[None] % 50)
-    function = "torch.nn.functional.scaled_dot_product_attention"
-    with net.block(0) as block, mock.patch(function, wraps=scaled_dot_product_attention) as asked:
+    states, length = embed(net, torch.arange(2 * STEP + 5)[None] % 50), 2 * STEP + 5
+    with net.block(0) as block, mock.patch("quantkit.attention._attended", wraps=_attended) as asked:
         run(states, 0, block, net.device)
-    seen = [(call.args[0].shape[2], call.args[1].shape[2]) for call in asked.call_args_list]
-    assert seen == [(STEP, STEP), (STEP, 2 * STEP), (5, 2 * STEP + 5)]
+    (call,) = asked.call_args_list  # for the one sequence
+    assert [t.shape[1] for t in call.args] == [length] * 3
 
 
 def test_a_cuda_device_has_its_own_kernels():
