@@ -12,6 +12,7 @@ from typing import Any
 from quantkit.later import Device, Tensor, nn, on_cpu, torch
 
 AT_ONCE = 4096  # bytes of values in a column: 1024 tokens in float32, 2048 in bf16
+FOR_GRADIENT = 512  # tokens: a gradient keeps the scores of all steps
 STEP = 64  # queries
 NOT_PLAIN = ("is_causal", "position_bias")  # what transformers may ask for beside a mask
 
@@ -45,7 +46,8 @@ def causal_in_steps(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     length, plain = query.shape[2], attention_mask is None and all(more.get(k) is None for k in NOT_PLAIN)
-    if not plain or not length == key.shape[2] <= AT_ONCE // value.element_size():
+    most = FOR_GRADIENT if torch.is_grad_enabled() else AT_ONCE // value.element_size()
+    if not plain or not length == key.shape[2] <= most:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast("cpu", enabled=False):

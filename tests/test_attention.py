@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from toy import toy_model, write_toy
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from quantkit.attention import AT_ONCE, STEP, _attended, attention_for, causal_in_steps
+from quantkit.attention import AT_ONCE, FOR_GRADIENT, STEP, _attended, attention_for, causal_in_steps
 from quantkit.forward import embed, network, run
 from quantkit.model import open_model
 
@@ -21,7 +21,7 @@ def attention(groups: int) -> torch.nn.Module:
     return module
 
 
-@pytest.mark.parametrize("length", [1, STEP, STEP + 1, 200, AT_ONCE // 4, AT_ONCE // 4 + 1])
+@pytest.mark.parametrize("length", [1, STEP, STEP + 1, FOR_GRADIENT, FOR_GRADIENT + 1, AT_ONCE // 4, AT_ONCE // 4 + 1])
 @pytest.mark.parametrize("heads,of_keys", [(4, 4), (6, 2)])
 def test_it_is_causal_attention(length: int, heads: int, of_keys: int):
     g = torch.Generator().manual_seed(length)
@@ -30,7 +30,10 @@ def test_it_is_causal_attention(length: int, heads: int, of_keys: int):
     module, inputs = attention(heads // of_keys), (query, key, value)
     out, _ = causal_in_steps(module, *inputs, None, scaling=0.3)
     whole = scaled_dot_product_attention(*inputs, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
+    with torch.no_grad():
+        alone, _ = causal_in_steps(module, *inputs, None, scaling=0.3)
     torch.testing.assert_close(out, whole)
+    torch.testing.assert_close(alone, whole)
     for mine, theirs in zip(*(torch.autograd.grad(o.square().sum(), inputs) for o in (out, whole)), strict=True):
         torch.testing.assert_close(mine, theirs)
 
