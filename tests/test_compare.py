@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGMLQuantizationType as T
+from rich.console import Console
 from test_convert import quantkit
 from test_scoring import CTX, place  # noqa: F401  (a fixture)
 from toy import permuted, toy_model, write_toy
 
-from quantkit.compare import Candidate, as_csv, as_markdown, broken, compare
+from quantkit.cli.compare import show
+from quantkit.compare import Candidate, as_csv, as_markdown, broken, cells, compare
 from quantkit.evaluate import Positions, summary
 
 N = 400
@@ -131,6 +133,15 @@ def test_a_folder_is_compared_with_its_source(place, tmp_path):  # noqa: F811
     assert (
         q8["tokenizer"]["equal"] and 0 < q8["runtime"]["kl_divergence"]["mean"] < q8["as_run"]["kl_divergence"]["max"]
     )
+
+
+def test_a_long_name_is_folded_and_no_figure_beside_it(monkeypatch):
+    name = "A-Model-Of-Many-Words-And-A-Number-70B-Instruct-v0.3-Q4_K_M.gguf"
+    rows = compare([made(name, 0.1 * noise(5), 10**9), made("copy", 0.1 * noise(5), 10**9)])
+    monkeypatch.setattr("quantkit.cli.compare.out", Console(width=120, file=(text := io.StringIO()), highlight=False))
+    show(rows, "a title")
+    table = text.getvalue().partition("a tie with")[0]
+    assert "…" not in table and all(part in table for row in rows for part in cells(row)[2:-1])
 
 
 def test_csv_and_markdown_hold_every_row(place):  # noqa: F811

@@ -139,8 +139,9 @@ def _show(fits: list[Fit], place: Machine, asked: str) -> None:
     vram = f"{place.vram / GIB:.1f} GiB of VRAM, " if place.vram is not None else "no card, "
     title = f"{vram}{place.ram / GIB:.1f} GiB of RAM; {asked}; memory in GiB"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("variant", "file", "mean KL", "fits", "weights", "KV", "compute", "other", "in all", "most context"):
-        table.add_column(name, justify="left" if name in ("variant", "fits") else "right", no_wrap=True)
+    table.add_column("variant", overflow="fold")  # a long one is folded, and no figure beside it
+    for name in ("file", "mean KL", "fits", "weights", "KV", "compute", "other", "in all", "most context"):
+        table.add_column(name, justify="left" if name == "fits" else "right", no_wrap=True)
     table.add_column("tokens/s <=", justify="right", no_wrap=True)
     for f in fits:
         need, w = f.device or f.host, f.option.weights

@@ -151,8 +151,11 @@ def show(rows: list[Row], title: str) -> None:
     """The table; three more columns where llama.cpp ran too."""
     ran = any(r.candidate.extra for r in rows)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, name in enumerate(HEADINGS[:-1]):
-        table.add_column(name, justify="left" if i == 1 else "right", no_wrap=True)
+    for name in HEADINGS[:-1]:
+        if name == "variant":  # a long one is folded, and no figure beside it
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
     for name in ("as run", "runtime KL", "tokens") if ran else ():
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
