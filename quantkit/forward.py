@@ -16,8 +16,8 @@ from typing import Any
 
 from quantkit.attention import attention_for
 from quantkit.errors import BadInput, UsageError
-from quantkit.hardware import may_have_card, multiplies_bf16, multiply_at_full_width
-from quantkit.later import Device, Tensor, nn, no_grad, on_cpu, torch
+from quantkit.hardware import may_have_card, multiplies_bf16
+from quantkit.later import Device, Tensor, nn, no_grad, torch
 from quantkit.model import Model, Ref, refused, transformers_config
 from quantkit.stats import Stats
 
@@ -131,8 +131,6 @@ def network(
     from transformers import AutoModelForCausalLM
 
     dtype = dtype or torch.float32  # not a default value, for which torch would have to be there
-    if on_cpu(device):
-        multiply_at_full_width()
     config = transformers_config(model.config, model.path)
     # the fused kernels know no soft cap on attention and would leave it out
     soft = getattr(config, "attn_logit_softcapping", None)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from toy import toy_model, write_toy
 
+from quantkit.cli.device import own
+from quantkit.forward import network
 from quantkit.hardware import multiply_at_full_width
+from quantkit.model import open_model
 
 MATMUL = torch.backends.mkldnn.matmul
 AMD, INTEL = ({"avx512_f": True, "cpu_name": name} for name in ("AMD EPYC", "Intel(R) Xeon(R)"))
@@ -40,3 +44,12 @@ def test_a_processor_that_would_round_is_left_as_it_was(monkeypatch):
     monkeypatch.setattr("quantkit.hardware.torch.equal", lambda a, b: False)
     multiply_at_full_width()
     assert MATMUL.fp32_precision == "none"
+
+
+def test_a_command_asks_for_it_on_a_cpu_and_an_importing_program_is_left_alone(monkeypatch, tmp_path):
+    network(open_model(write_toy(tmp_path / "toy.gguf", toy_model())), torch.device("cpu"))
+    assert MATMUL.fp32_precision == "none" and torch.get_float32_matmul_precision() == "highest"
+    asked = []
+    monkeypatch.setattr("quantkit.cli.device.multiply_at_full_width", lambda: asked.append(True))
+    for device, times in (("cuda:0", 0), ("cpu", 1)):
+        assert own(torch.device(device)) == torch.device(device) and len(asked) == times

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.cli.compare import illustrate_conversion
+from quantkit.cli.device import own
 from quantkit.cli.fitting import calibration_rows, fitted, write_recipe
 from quantkit.cli.show import bars, err, out, size, variants_table
 from quantkit.convert import claim, convert
@@ -86,6 +87,8 @@ def carry_out(model: Model, settings: Recipe, output: Path, force: bool, as_json
     _warn(texts.warnings)
     if plan.calibrated and on_cpu(where):
         keep_freed_memory()
+    if plan.calibrated or texts.chunks is not None:
+        own(torch.device(where))
     sha256 = fingerprinting(model)
     events = convert(model, plan, output, where, texts.rows, texts.calibration, texts.chunks, force)
     made = _followed(events, plan)

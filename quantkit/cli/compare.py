@@ -10,6 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from quantkit.cli.device import own
 from quantkit.cli.perplexity import TEXTS
 from quantkit.cli.show import bars, err, out
 from quantkit.compare import HEADINGS, Row, as_csv, as_markdown, candidate, cells, compare, largest, named, read_folder
@@ -49,7 +50,7 @@ def command(
         raise UsageError("more than one of --json, --csv and --markdown", hint="choose one")
     if engine not in ("quantkit", "llama.cpp"):
         raise UsageError(f"unknown engine {engine!r}", where="--engine", hint="known: quantkit, llama.cpp")
-    setting = Setting.of(device_of(device), dtype)
+    setting = Setting.of(own(device_of(device)), dtype)
     opened = {name: open_model(path) for name, path in named(models).items()}
     base, others = chosen_reference(models, reference, opened)
     words = passages(text or [default_text(models)], base.tokenizer(), ctx, chunks)

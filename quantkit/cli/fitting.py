@@ -9,6 +9,7 @@ import yaml
 from rich import box
 from rich.table import Table
 
+from quantkit.cli.device import own
 from quantkit.cli.show import bars, err, size
 from quantkit.corpus import Text, calibration_batch
 from quantkit.events import Progress
@@ -42,7 +43,7 @@ def fitted(model: Model, settings: Recipe, place: Device) -> tuple[Recipe, Choic
     if not (settings.target_size or settings.target_bpw):
         return settings, None
     grid_asked(model, settings)  # before anything is calibrated
-    device, few = torch.device(place), settings.model_copy(update={"samples": min(ROWS, settings.samples)})
+    device, few = own(torch.device(place)), settings.model_copy(update={"samples": min(ROWS, settings.samples)})
     _, rows = calibration_rows(model, few, device)
     choice = None
     with bars({STAGE: 1.0}) as bar:

@@ -12,6 +12,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from quantkit.cli.device import own
 from quantkit.cli.options import CHAT_TEMPLATE, OVERRIDE
 from quantkit.cli.show import bars, err, out
 from quantkit.corpus import calibration_batch
@@ -62,7 +63,7 @@ def command(
 
 
 def _measure(model: Model, name: str, samples: int, seqlen: int, seed: int, device: str) -> Imatrix:
-    where, text = device_of(device), load_text(name)
+    where, text = own(device_of(device)), load_text(name)
     rows = calibration_batch(text, model.tokenizer(), samples, seqlen, seed)
     if len(rows) < samples:
         err.print(f"warning: the text {name} gives {len(rows)} of {samples} samples", soft_wrap=True)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from quantkit.cli.device import own
 from quantkit.cli.options import OVERRIDE, SOURCE
 from quantkit.cli.show import bars, out
 from quantkit.errors import UsageError
@@ -48,7 +49,7 @@ def command(
     if given := [name for name, value in (of_tasks if tasks is None else of_texts).items() if value]:
         hint = "leave it out, or " + ("leave out --tasks" if tasks is not None else "name some with --tasks")
         raise UsageError("has no part in what is scored", where=given[0], hint=hint)
-    setting = Setting.of(device_of(device), dtype)
+    setting = Setting.of(own(device_of(device)), dtype)
     if tasks is not None:
         _run_tasks(open_model(model, override or ()), tasks.split(","), setting, task_folder or [], limit, as_json)
         return
