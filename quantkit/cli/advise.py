@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.table import Table
 
 from quantkit.advise import Ask, Fit, Option, fit, recommend, room, runtime
 from quantkit.cli.carry_out import carry_out
 from quantkit.cli.options import SOURCE
-from quantkit.cli.show import err, out, size
+from quantkit.cli.show import empty_table, err, out, size
 from quantkit.compare import block_bits, named, read_folder, verdict
 from quantkit.errors import UsageError
 from quantkit.files.gguf_writer import tensor_nbytes
@@ -138,7 +136,7 @@ def _predicted(models: list[str], types: list[str]) -> list[Option]:
 def _show(fits: list[Fit], place: Machine, asked: str) -> None:
     vram = f"{place.vram / GIB:.1f} GiB of VRAM, " if place.vram is not None else "no card, "
     title = f"{vram}{place.ram / GIB:.1f} GiB of RAM; {asked}; memory in GiB"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = empty_table(title)
     table.add_column("variant", overflow="fold")  # a long one is folded, and no figure beside it
     for name in ("file", "mean KL", "fits", "weights", "KV", "compute", "other", "in all", "most context"):
         table.add_column(name, justify="left" if name == "fits" else "right", no_wrap=True)

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.table import Table
 
 from quantkit.cli.device import own
 from quantkit.cli.perplexity import TEXTS
-from quantkit.cli.show import bars, err, out
+from quantkit.cli.show import bars, empty_table, err, out
 from quantkit.compare import HEADINGS, Row, as_csv, as_markdown, candidate, cells, compare, largest, named, read_folder
 from quantkit.corpus import Text
 from quantkit.errors import UsageError
@@ -151,7 +149,7 @@ def _runtime(model: Model, ladder: Ladder) -> dict[str, Any]:
 def show(rows: list[Row], title: str) -> None:
     """The table; three more columns where llama.cpp ran too."""
     ran = any(r.candidate.extra for r in rows)
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = empty_table(title)
     for name in HEADINGS[:-1]:
         if name == "variant":  # a long one is folded, and no figure beside it
             table.add_column(name, overflow="fold")

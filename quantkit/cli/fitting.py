@@ -6,11 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 import yaml
-from rich import box
 from rich.table import Table
 
 from quantkit.cli.device import own
-from quantkit.cli.show import bars, err, size
+from quantkit.cli.show import bars, empty_table, err, size
 from quantkit.corpus import Text, calibration_batch
 from quantkit.events import Progress
 from quantkit.files.atomic import staged
@@ -61,7 +60,7 @@ def fitted(model: Model, settings: Recipe, place: Device) -> tuple[Recipe, Choic
 def _shown(choice: Choice) -> Table:
     """The types chosen by kind of tensor, with what they take and what they are expected to cost."""
     found = choice.found
-    shown = Table(title="Types chosen", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = empty_table("Types chosen")
     for name in ("tensors", "types"):
         shown.add_column(name)
     for name in ("size", "predicted KL"):

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 
 from quantkit.cli.device import own
 from quantkit.cli.options import CHAT_TEMPLATE, OVERRIDE
-from quantkit.cli.show import bars, err, out
+from quantkit.cli.show import bars, empty_table, err, out
 from quantkit.corpus import calibration_batch
 from quantkit.errors import UsageError
 from quantkit.files.imatrix import Imatrix, merge, read_imatrix, spread, write_imatrix
@@ -86,7 +84,7 @@ def _show(path: Path, imatrix: Imatrix, as_json: bool) -> None:
         head = {"datasets": imatrix.datasets, "chunks": imatrix.chunks, "chunk_size": imatrix.chunk_size}
         print(json.dumps(head | {"entries": {name: asdict(s) for name, s in entries.items()}}, indent=2))
         return
-    table = Table(title=f"{path}: {_summary(imatrix)}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = empty_table(f"{path}: {_summary(imatrix)}")
     table.add_column("weight", no_wrap=True)
     for heading in ("rows", "columns", "mean x²", "largest", "deviation", "active", "evenness"):
         table.add_column(heading, justify="right", no_wrap=True)

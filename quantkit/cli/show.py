@@ -66,13 +66,18 @@ def bars(expected: Mapping[str, float]) -> Iterator[Bars]:
         yield Bars(progress, expected)
 
 
+def empty_table(title: str) -> Table:
+    """A table with its title over it, without columns."""
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
 def variants_table(report: Mapping[str, Any]) -> Table:
     """The table at the end of a conversion."""
     source, evaluation = report["source"], report["evaluation"]
     title = "No variant was scored"
     if evaluation:
         title = f"Scored on {evaluation['name']}: {evaluation['rows']} chunks of {evaluation['seqlen']} tokens"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = empty_table(title)
     for name in ("variant", "format"):
         table.add_column(name, no_wrap=True)
     for name in ("bits/w", "size", "perplexity", "change", "mean KL", "same top"):
@@ -94,4 +99,4 @@ def variants_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
-__all__ = ["Bars", "bars", "err", "out", "size", "variants_table"]
+__all__ = ["Bars", "bars", "empty_table", "err", "out", "size", "variants_table"]
