@@ -42,11 +42,11 @@ def file_hash(path: Path) -> str:
     stat = path.stat()
     known = folder() / "hashes" / f"{key(str(path.resolve()), stat.st_size, stat.st_mtime_ns)}.txt"
     with suppress(OSError):
-        return known.read_text()
+        return known.read_text(encoding="utf-8")
     with open(path, "rb") as f:
         found = hashlib.file_digest(f, "sha256").hexdigest()
     with suppress(OSError, QuantkitError), staged(made(known), replace=True) as partial:
-        partial.write_text(found)
+        partial.write_text(found, encoding="utf-8")
     return found
 
 

@@ -25,11 +25,11 @@ def self_calibration(model: Model, samples: int, seqlen: int, seed: int, device:
     name = hashlib.sha256(json.dumps([_identity(model), samples, seqlen, seed]).encode()).hexdigest()
     path = cache.folder() / "self" / f"{name[:32]}.json"
     if path.is_file():
-        ids = torch.tensor(json.loads(path.read_text()))
+        ids = torch.tensor(json.loads(path.read_text(encoding="utf-8")))
     else:
         ids = _write(model, samples, seqlen, seed, device)
         with suppress(OSError, QuantkitError), staged(cache.made(path), replace=True) as partial:
-            partial.write_text(json.dumps(ids.tolist()))
+            partial.write_text(json.dumps(ids.tolist()), encoding="utf-8")
     tokenizer = model.tokenizer()
     documents = tuple(tokenizer.decode(row) for row in ids.tolist())
     sha = hashlib.sha256("\0".join(documents).encode()).hexdigest()

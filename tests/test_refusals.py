@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+from contextlib import redirect_stdout
+from unittest import mock
 
 import numpy as np
 import pytest
 from test_convert import made, options, quantkit, source, text  # noqa: F401 (fixtures)
 from toy import toy_model, write_toy
 
+from quantkit.cli import main
 from quantkit.files.imatrix import Imatrix, write_imatrix
 
 
@@ -106,3 +110,14 @@ def test_a_cache_folder_that_cannot_be_made_costs_nothing_but_time(source, tmp_p
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     code, _, stderr = quantkit("convert", source, "-o", tmp_path / "out", "--to", "fp16", "--no-eval")
     assert code == 0 and (tmp_path / "out" / "report.json").is_file(), stderr
+
+
+def test_a_terminal_that_cannot_spell_a_sign_gets_a_question_mark(source, text):  # noqa: F811
+    told = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # Windows where output is redirected: ± it has, Δ not
+    command = ["perplexity", source, "--text", text / "evaluation.txt", "--chunks", 1, "--reference", source]
+    with redirect_stdout(told), mock.patch("sys.argv", ["quantkit", *map(str, command)]):
+        with pytest.raises(SystemExit) as end:
+            main()
+        told.flush()
+    said = told.buffer.getvalue().decode("cp1252")
+    assert not end.value.code and "±" in said and "?p mean" in said

@@ -177,7 +177,7 @@ def _written(job: Job, texts: Texts, made: Made, record: dict[str, Any]) -> list
 
 def _keep(path: Path, text: str) -> None:
     with staged(path, replace=True) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 def _show(record: dict[str, Any], output: Path, reports: list[Path], as_json: bool) -> None:

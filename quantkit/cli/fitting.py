@@ -77,4 +77,5 @@ def _shown(choice: Choice) -> Table:
 def write_recipe(settings: Recipe, path: Path) -> None:
     """The recipe that repeats a conversion."""
     with staged(path, replace=True) as partial:
-        partial.write_text(yaml.safe_dump(settings.model_dump(mode="json", exclude_defaults=True), sort_keys=False))
+        dumped = yaml.safe_dump(settings.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+        partial.write_text(dumped, encoding="utf-8")

@@ -103,7 +103,7 @@ def open_folder(path: Path) -> Folder:
     """
     if (path / INDEX).is_file():
         try:
-            files = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
+            files = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError):
             raise FormatError("the index is not readable", where=path / INDEX, hint="download it again") from None
     elif (path / "model.safetensors").is_file():
@@ -213,7 +213,7 @@ class FolderWriter:
             put(fd, memoryview(shard.header), 0)
             self._where |= {name: (shard.file, offset) for name, offset in shard.offsets.items()}
         if layout.index:
-            (path / INDEX).write_text(layout.index)
+            (path / INDEX).write_text(layout.index, encoding="utf-8")
 
     def write(self, name: str, tensor: Any) -> None:
         """Write one tensor, or the bytes of one; its type and shape are those of the layout."""
