@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from unittest import mock
 
@@ -121,3 +123,9 @@ def test_a_terminal_that_cannot_spell_a_sign_gets_a_question_mark(source, text):
         told.flush()
     said = told.buffer.getvalue().decode("cp1252")
     assert not end.value.code and "±" in said and "?p mean" in said
+
+
+def test_what_has_no_output_to_tell_on_is_done_all_the_same(source):  # noqa: F811
+    closed = [sys.executable, "-m", "quantkit", "inspect", str(source)]
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *closed], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
