@@ -13,13 +13,13 @@ from typing import Any
 
 from quantkit import sensitivity
 from quantkit.activations import readers, widths
-from quantkit.codecs.sharing import BACKGROUND
+from quantkit.codecs.sharing import PARTS
 from quantkit.errors import UsageError
 from quantkit.evaluate import HEAD_LOGITS
 from quantkit.forward import BATCH_TOKENS
 from quantkit.later import Device, on_cpu, torch
 from quantkit.model import Model
-from quantkit.prefix import KEPT_BYTES
+from quantkit.prefix import KEPT_BYTES, second_sums
 from quantkit.recipe import Recipe, target_bytes
 from quantkit.solvers.learned import HELD_OUT, ITERATIONS, ROWS
 from quantkit.targets import Calibration, Output, plan_output
@@ -112,7 +112,8 @@ def make_plan(model: Model, recipe: Recipe, device: Device, rows: int | None = N
         states = max(states, _kept_bytes(model, recipe))
     on_gpu = not on_cpu(device)
     if any(o.behind for o in outputs) and not on_gpu:  # and run ahead
-        states += BACKGROUND * _batch_bytes(model, batch) + min(KEPT_BYTES, 4 * sum(k * k for k in widths(model)))
+        states += PARTS * _batch_bytes(model, batch) + min(KEPT_BYTES, 4 * sum(k * k for k in widths(model)))
+        states += _batch_bytes(model, batch) + second_sums(model)
     return Plan(
         outputs,
         peak_ram=BASE_BYTES + states + (_largest(model) if on_gpu else working),

@@ -8,21 +8,24 @@ source's is (`Stats.wanted`): it makes up for what the stream has lost before it
 No part of a block is run twice: what reached the last matrix of a module (of the attention, of the MLP) is kept, and
 the next pass begins with what that matrix, solved by then, makes of it. Kept are also the source's activations from its
 one pass through the block, both as far as `KEPT_BYTES` go. Memory beside that: the hidden states of both, what reached
-the attention's last matrix and what came of it, as much again each, and one batch's activations.
+the attention's last matrix and what came of it, as much again each, and one batch's activations; those of two on a CPU,
+where each of two threads takes half of the batches: the steps of one batch are too short to be shared by both.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from functools import partial, reduce
+from typing import Any, TypeVar
 
-from quantkit.activations import readers
+from quantkit.activations import readers, widths
+from quantkit.codecs.sharing import all_at_once, in_two
 from quantkit.forward import Network, States
-from quantkit.later import Tensor, nn, no_grad, torch
+from quantkit.later import Tensor, nn, on_cpu, torch
 from quantkit.model import Model
 from quantkit.solvers.learned import HELD_OUT, ROWS, Factors, Ranged, learn
 from quantkit.stats import Stats
@@ -31,6 +34,8 @@ KEPT_BYTES = 2 << 30  # for each of the two, in CPU memory; what goes beyond it 
 Notes = tuple[str, int]  # a module, and how many values it returns beside its first
 Place = tuple[int, str, int]  # of which rows, before which reader, from which row on
 Shelf = dict[tuple[str, int], Tensor]  # by reader and batch
+Batches = Sequence[tuple[int, slice]]  # each with its number
+T = TypeVar("T")
 
 
 class _Seen(Exception):
@@ -105,6 +110,12 @@ def prefix(states: States) -> States:
     return replace(states, hidden=states.hidden.clone())
 
 
+def second_sums(model: Model) -> int:
+    """Bytes of a second thread's two sums over the widest activation; 0 where there is no room for them."""
+    nbytes = 2 * 4 * max(widths(model)) ** 2
+    return nbytes if 2 * nbytes <= KEPT_BYTES else 0
+
+
 @dataclass
 class Inputs(Mapping[str, Stats]):
     """Statistics of a block's activations, each taken when it is asked for, behind what is solved of the block by then.
@@ -124,7 +135,6 @@ class Inputs(Mapping[str, Stats]):
     known: dict[str, Stats] = field(default_factory=dict)
     reached: dict[Place, Tensor] = field(default_factory=dict)
     left: dict[Place, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    nbytes: int = 0
 
     def take(self, name: str, value: Tensor | None) -> None:
         """From now on the block has `value` (float32, on the device) for its weight `name`."""
@@ -150,17 +160,17 @@ class Inputs(Mapping[str, Stats]):
         """
         self.reached.clear()  # these are of weights that change now
         self.left.clear()
-        goal, theirs = torch.empty_like(self.source.hidden), self._parameters({})
+        block, goal, theirs = self._block, torch.empty_like(self.source.hidden), self._parameters({})
         with torch.no_grad():
             for part in self.source.batches():
-                goal[part] = self._run(theirs, self.source.hidden[part].to(self.net.device)).to(goal.device)
+                goal[part] = self._run(block, theirs, self.source.hidden[part].to(self.net.device)).to(goal.device)
 
         held = range(len(goal) - max(1, len(goal) // HELD_OUT), len(goal))
         taught = range(held.start) or held  # one row alone serves for both
 
         def loss(weights: Mapping[str, Tensor], rows: list[int]) -> Tensor:
             wanted, device = goal[rows].to(self.net.device), self.net.device
-            made = self._run(self._parameters({**self.solved, **weights}), self.behind.hidden[rows].to(device))
+            made = self._run(block, self._parameters({**self.solved, **weights}), self.behind.hidden[rows].to(device))
             return ((made - wanted).square().mean(-1) / wanted.square().mean(-1)).mean()  # a token counts as any other
 
         def error(factors: Mapping[str, Factors]) -> float:
@@ -174,43 +184,65 @@ class Inputs(Mapping[str, Stats]):
         before, after = error(unmoved), error(learned)
         return (learned, after / before) if after < before else (unmoved, 1.0)
 
-    @no_grad
     def advance(self) -> None:
         """Move the output's rows behind the block as it was solved."""
         parameters = self._parameters(self.solved)
-        for part in self.behind.batches():
-            out = self._passed(parameters, self.behind, part)
-            self.behind.hidden[part] = out.to(self.behind.hidden.device)
 
-    @no_grad
+        def moved(block: nn.Module, batches: Batches) -> None:
+            for _, part in batches:
+                out = self._passed(block, parameters, self.behind, part)
+                self.behind.hidden[part] = out.to(self.behind.hidden.device)
+
+        self._shared(moved)
+
     def _measured(self, path: str) -> Stats:
         ours, theirs = self._parameters(self.solved), self._parameters({})
-        stats: Stats | None = None
         seen, stream = self.seen.by_path[path], self.net.model.arch.residual()
         # What reads the stream before the outcome of `path` is added to it; the first matrix finds the block's input.
         before = list(stream.values())[list(stream).index(path) - 1] if path in stream else None
-        for i, part in enumerate(self.behind.batches()):
-            x, own = self._reaching(path, ours, self.behind, part, before)
-            stats = stats or self.net.statistics(x.shape[-1])
-            place = stream.get(path, path)
-            if i in seen:
-                there = seen[i].to(x.device)
-            elif place is None:
-                there = self._passed(theirs, self.source, part)
-            else:
-                there, _ = self._reaching(place, theirs, self.source, part)
-            if path in stream:
-                stats = stats.add(x, wanted=there - own - ours.get(f"{path}.bias", 0.0))
-            else:
-                stats = stats.add(x, there)
-        assert stats is not None  # or nothing is calibrated
-        return stats
+        place = stream.get(path, path)
+
+        def sums(block: nn.Module, batches: Batches) -> Stats:
+            stats: Stats | None = None
+            for i, part in batches:
+                x, own = self._reaching(block, path, ours, self.behind, part, before)
+                stats = stats or self.net.statistics(x.shape[-1])
+                if i in seen:
+                    there = seen[i].to(x.device)
+                elif place is None:
+                    there = self._passed(block, theirs, self.source, part)
+                else:
+                    there, _ = self._reaching(block, place, theirs, self.source, part)
+                if path in stream:
+                    stats = stats.add(x, wanted=there - own - ours.get(f"{path}.bias", 0.0))
+                else:
+                    stats = stats.add(x, there)
+            assert stats is not None  # or nothing is calibrated
+            return stats
+
+        return reduce(Stats.merge, self._shared(sums))
+
+    def _shared(self, work: Callable[[nn.Module, Batches], T]) -> list[T]:
+        """What `work` makes of all batches, or on a CPU of either half of them, with a block of its own."""
+        batches, block = list(enumerate(self.behind.batches())), self._block
+
+        def some(part: slice) -> T:
+            with torch.no_grad():
+                return work(deepcopy(block), batches[part])
+
+        share = in_two() if on_cpu(self.net.device) and second_sums(self.net.model) else all_at_once
+        return share(some, len(batches))
 
     def _reaching(
-        self, path: str, parameters: Mapping[str, Tensor], states: States, part: slice, before: str | None = None
+        self,
+        block: nn.Module,
+        path: str,
+        parameters: Mapping[str, Tensor],
+        states: States,
+        part: slice,
+        before: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What reaches the module at `path`, and what has reached `before` or the block; the block runs no further."""
-        block = self.net.base.layers[self.layer]
         passed = [states.hidden[part].to(self.net.device)]
 
         def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -223,7 +255,7 @@ class Inputs(Mapping[str, Stats]):
                 hook = block.get_submodule(before).register_forward_pre_hook(lambda _, args: passed.append(args[0]))
                 stack.callback(hook.remove)
             try:
-                self._passed(parameters, states, part)
+                self._passed(block, parameters, states, part)
             except _Seen as seen:
                 return seen.x, passed[-1]
         raise AssertionError("a block reaches all of its matrices")
@@ -231,8 +263,8 @@ class Inputs(Mapping[str, Stats]):
     def _keep(self, key: Place, x: Tensor) -> None:
         """Keep what reached the end of a module; of the MLP, which is wide, for `advance` alone while there is room."""
         if key[1] == self._end:
-            self.nbytes += x.nbytes
-            if self.nbytes > KEPT_BYTES or key[0] == id(self.source):
+            of_all = x.nbytes // len(x) * (key[2] + len(x))  # and of the rows before, which are as long
+            if of_all > KEPT_BYTES or key[0] == id(self.source):
                 return
         self.reached[key] = x.to(self.behind.hidden.device)
 
@@ -246,12 +278,16 @@ class Inputs(Mapping[str, Stats]):
         return out.to(self.net.device)
 
     @property
+    def _block(self) -> nn.Module:
+        return self.net.base.layers[self.layer]
+
+    @property
     def _end(self) -> str:
         return list(readers(self.net.model).values())[-1]
 
-    def _passed(self, parameters: Mapping[str, Tensor], states: States, part: slice) -> Tensor:
+    def _passed(self, block: nn.Module, parameters: Mapping[str, Tensor], states: States, part: slice) -> Tensor:
         """One batch through the block; a module whose end was reached gives what its last matrix makes of that."""
-        block, hidden = self.net.base.layers[self.layer], states.hidden[part].to(self.net.device)
+        hidden = states.hidden[part].to(self.net.device)
         with ExitStack() as stack:
             for path, (name, others) in self.seen.ends.items():
                 key, last = (id(states), path, part.start), block.get_submodule(path)
@@ -262,13 +298,13 @@ class Inputs(Mapping[str, Stats]):
                     keep = partial(self._keep, key)
                     hook = last.register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0]), prepend=True)
                     stack.callback(hook.remove)
-            return self._run(parameters, hidden)
+            return self._run(block, parameters, hidden)
 
-    def _run(self, parameters: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, parameters: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """Hidden states (n, T, hidden) through the block."""
-        block, how = self.net.base.layers[self.layer].eval(), dict(self.behind.kwargs[self.layer])
+        how = dict(self.behind.kwargs[self.layer])
         with self.net.calibrating():
-            return _tuple(torch.func.functional_call(block, dict(parameters), (hidden,), how))[0]
+            return _tuple(torch.func.functional_call(block.eval(), dict(parameters), (hidden,), how))[0]
 
     def _parameters(self, solved: Mapping[str, Tensor]) -> dict[str, Tensor]:
         prefix = f"model.layers.{self.layer}."

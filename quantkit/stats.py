@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from quantkit.codecs.recode import EVERY
+from quantkit.codecs.sharing import slabs
 from quantkit.gram import add_gram, add_product, panels
 from quantkit.later import Tensor, torch
 
-MANY, EVERY = 256, 8  # rows of a matrix that is not told of whole, and how far apart those are that are
+MANY = 256  # rows of a matrix that is not told of whole
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,13 @@ class Stats:
         if wanted is not None:
             y = self.upper.new_zeros(wanted.shape[-1], x.shape[-1]) if y is None else y
             add_product(y, wanted.reshape(len(x), -1).to(kind), factor, self.rows)
-        squares = self.upper.diagonal() + x.square().sum(0)
+        squares = self.upper.diagonal().clone()
         add_gram(self.upper, factor, self.rows)
+        for part in slabs(len(x), x.shape[-1], x.device):  # each stays in a cache for both sums
+            squares.add_(x[part].square().sum(0))
+            self.absum.add_(x[part].abs().sum(0))
         self.upper.diagonal().copy_(squares)
-        return replace(self, absum=self.absum.add_(x.abs().sum(0)), rows=self.rows + len(x), drift=drift, wanted=y)
+        return replace(self, rows=self.rows + len(x), drift=drift, wanted=y)
 
     def merge(self, other: Stats) -> Stats:
         """The statistics of both sets of rows."""

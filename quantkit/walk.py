@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.activations import readers, watching, widths
-from quantkit.codecs.sharing import ahead, all_at_once, background
+from quantkit.codecs.sharing import ahead, all_at_once, in_two
 from quantkit.forward import Network, States, run
 from quantkit.later import Device, Tensor, on_cpu
 from quantkit.model import Model, Ref
@@ -57,7 +57,7 @@ def walk(
         return _steps(blocks, None, None, device, False, False, False, all_at_once)
     if on_cpu(device):
         fits = not shared or 4 * sum(k * k for k in widths(model)) <= KEPT_BYTES  # each thread has sums of its own
-        share = background() if fits else all_at_once
+        share = in_two(last=True) if fits else all_at_once
         return ahead(_steps(blocks, net, states, device, shared, behind, exact, share), one_core=True)
     return _steps(ahead(blocks), net, states, device, shared, behind, exact, all_at_once)
 

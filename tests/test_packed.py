@@ -107,6 +107,20 @@ def test_a_grid_holds_what_it_can_hold(bits, symmetric):
     assert fitted < plain or bits == 8  # at 8 bits there is next to nothing to gain by clipping
 
 
+@pytest.mark.parametrize("rows", [5, 16])
+def test_importance_may_be_of_columns_of_groups_or_of_weights(rows):
+    """Of several shapes the same is meant, also where there are as many rows as columns in a group."""
+    grid, rng = Grid(3, 16), torch.Generator().manual_seed(rows)
+    w, columns = torch.randn(rows, 4, 16, generator=rng), torch.rand(16, generator=rng) ** 4
+    groups = columns.expand(4, 16) * torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None]
+    alone = [grid.fit(w[:, i], groups[i]) for i in range(4)]
+    for importance in (groups, groups.expand_as(w)):
+        scale, zero = grid.fit(w, importance)
+        for i, (s, z) in enumerate(alone):
+            assert torch.equal(scale[:, i], s) and torch.equal(zero[:, i], z)
+    assert not torch.equal(grid.fit(w)[0], grid.fit(w, columns)[0])
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_zero_constant_and_tiny_groups_stay_finite(symmetric):
     grid = Grid(4, 8, symmetric)

@@ -129,6 +129,27 @@ def test_no_part_of_a_block_is_run_twice(tmp_path, family):
     assert len(calls) >= 4 and set(calls.values()) == {3}, calls
 
 
+def test_sums_and_states_are_the_same_to_the_bit_by_one_thread_and_by_two(tmp_path):
+    family_model("llama").save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    model = open_model(tmp_path)
+    net = network(model, CPU, batch_tokens=100)
+    ids = torch.randint(2, 300, (6, 48), generator=torch.Generator().manual_seed(5))
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            step = next(walk(model, net, embed(net, ids), CPU, shared=False, behind=True))
+            inputs = Inputs(net, step.layer, step.before, prefix(step.before), step.weights, step.kept)
+            stats = [inputs[activation] for activation in inputs]
+            inputs.advance()
+            found.append([inputs.behind.hidden, *(t for s in stats for t in (s.gram, s.absum, s.drift, s.wanted))])
+    finally:
+        torch.set_num_threads(threads)
+    for one, two in zip(*found, strict=True):
+        assert (one is None and two is None) or torch.equal(one, two)
+
+
 def test_batches_that_are_shared_out_leave_what_they_leave_one_after_another(tmp_path, monkeypatch):
     def in_threads(work, count):
         with ThreadPoolExecutor(2) as pool:
@@ -141,7 +162,7 @@ def test_batches_that_are_shared_out_leave_what_they_leave_one_after_another(tmp
     ids = torch.randint(2, 300, (6, 48), generator=torch.Generator().manual_seed(4))
     made = []
     for share in (all_at_once, in_threads):
-        monkeypatch.setattr("quantkit.walk.background", lambda share=share: share)
+        monkeypatch.setattr("quantkit.walk.in_two", lambda last, share=share: share)
         states = embed(net, ids)
         steps = walk(model, net, states, CPU, shared=False, behind=True)
         made.append((states, [(step.kept.ends, deepcopy(dict(step.kept.by_path))) for step in steps]))

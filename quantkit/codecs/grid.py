@@ -81,28 +81,38 @@ class Grid:
         """Scale and zero of each group: w (..., g) -> two tensors (...), the scale already rounded to fp16.
 
         Searches coarsely, then finely, for the range of least squared error, weighted by `importance` (..., g or
-        broadcastable). A
-        symmetric range is tried with both signs of the scale, since the grid reaches one step further down than up.
+        broadcastable). A symmetric range is tried with both signs of the scale, since the grid reaches one step further
+        down than up.
         """
-        weight = torch.ones_like(w) if importance is None else importance.clamp_min(1e-12).expand_as(w)
-        best = tuple(torch.full(w.shape[:-1], v, device=w.device) for v in (torch.inf, 1.0, 0.0, 0.0, 0.0, 1.0))
+        columns = w.movedim(-1, 0).contiguous()  # (g, ...): a group's parameters then lie as each of its columns does
+        weight = torch.ones(columns.shape[:1], device=w.device) if importance is None else importance.clamp_min(1e-12)
+        weight = weight if weight.dim() == 1 else weight.expand_as(w).movedim(-1, 0)
 
-        def tried(low: Tensor, high: Tensor, shrink: Tensor | float) -> tuple[Tensor, ...]:
-            """The better of `best` and a range (low, high) shrunk: error, scale, zero, and what range it was."""
+        def tried(low: Tensor, high: Tensor, shrink: Tensor) -> Tensor:
+            """What ranges (c, ...) give: error, scale, zero, then what they are and how far shrunk, (6, c, ...)."""
             scale, zero = self._parameters(low * shrink, high * shrink)
-            off = self.codes(w, scale, zero).sub_(zero[..., None]).mul_(scale[..., None]).sub_(w)
-            e = off.square_().mul_(weight).sum(-1)
-            found = (e, scale, zero, low, high, low.new_tensor(shrink) if isinstance(shrink, float) else shrink)
-            return tuple(torch.where(e < best[0], new, old) for new, old in zip(found, best, strict=True))
+            e = self._errors(columns, weight, scale, zero)
+            return torch.stack((e, scale, zero, low, high, shrink.expand_as(low)))
 
-        for low, high in self._ends(w):
-            for shrink in COARSE:
-                best = tried(low, high, shrink)
+        ends = [end for end in self._ends(w) for _ in COARSE]
+        low, high = (torch.stack(side) for side in zip(*ends, strict=True))
+        shrink = w.new_tensor(COARSE).repeat(len(ends) // len(COARSE)).view(-1, *[1] * (low.dim() - 1))
+        best = _least(tried(low, high, shrink))
         for step in FINE:
             *_, low, high, reach = best
-            for shrunk in (reach - step, (reach + step).clamp_max(1)):
-                best = tried(low, high, shrunk)
-        return best[1], best[2]
+            shrunk = torch.cat((reach - step, (reach + step).clamp_max(1)))
+            best = _least(torch.cat((best, tried(low.expand_as(shrunk), high.expand_as(shrunk), shrunk)), 1))
+        return best[1, 0], best[2, 0]
+
+    def _errors(self, columns: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The squared errors of columns (g, ...), times `weight`, under each of c scales and zeros: all (c, ...)."""
+        steps, off, made = torch.empty_like(columns), torch.empty_like(columns), torch.empty_like(scale)
+        per_scale = 1 / scale
+        for e, per, at in zip(made, per_scale, zero, strict=True):
+            torch.addcmul(at, columns, per, out=steps)
+            torch.round(steps, out=off).clamp_(0, self.top).sub_(steps).square_()
+            e.copy_(torch.tensordot(weight, off, 1) if weight.dim() == 1 else (off * weight).sum(0))
+        return made.mul_(scale).mul_(scale)
 
     def plain(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero from the extremes alone, as round-to-nearest takes them: w (..., g) -> two tensors (...)."""
@@ -138,6 +148,11 @@ class Grid:
             scale = _fp16((high - low) / self.top)
             zero = torch.round(-low / scale).clamp_(0, self.top)
         return scale, zero
+
+
+def _least(found: Tensor) -> Tensor:
+    """Of what was tried (n, c, ...) what has the least of the first of n, the first of several: (n, 1, ...)."""
+    return found.gather(1, found[:1].min(1, keepdim=True).indices.expand(len(found), *[-1] * (found.dim() - 1)))
 
 
 def _fp16(scale: Tensor) -> Tensor:

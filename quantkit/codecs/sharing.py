@@ -25,7 +25,8 @@ Rows = Callable[[slice], Tensor]  # rows of a matrix (rows, width), read or comp
 
 SLAB = 1 << 18  # weights: one MiB of float32, half of a common L2 cache
 SLAB_ELSEWHERE = 1 << 24
-BACKGROUND, NICE = 2, 10  # threads of `background`, and how far they step back: but not behind other programs
+PARTS = 2  # of what `in_two` shares out
+NICE = 10  # how far threads that come last step back: but not behind other programs
 
 
 def thread_count() -> int:
@@ -41,10 +42,10 @@ def thread_count() -> int:
 def slabs(rows: int, width: int, device: Device = "cpu", first: int = 0) -> list[slice]:
     """Slices of whole rows that make up `rows` rows from `first` on; on the CPU as many for each thread, or one."""
     most, threads = (SLAB, thread_count()) if on_cpu(device) else (SLAB_ELSEWHERE, 1)
-    count = -(-rows * width // most)
+    count = max(1, -(-rows * width // most))
     if count > 1:
         count = -(-count // threads) * threads
-    step, end = -(-rows // count), first + rows
+    step, end = max(1, -(-rows // count)), first + rows
     return [slice(at, min(end, at + step)) for at in range(first, end, step)]
 
 
@@ -85,17 +86,17 @@ def all_at_once(work: Callable[[slice], T], count: int) -> list[T]:
     return [work(slice(0, count))]
 
 
-def background() -> Callable[[Callable[[slice], Any], int], list[Any]]:
-    """A way to share `count` things out to threads that take what time the others leave of the cores.
+def in_two(last: bool = False) -> Callable[[Callable[[slice], Any], int], list[Any]]:
+    """A way to share `count` things out to two threads, which have torch's cores between them.
 
-    They are `BACKGROUND`, for each has its temporaries in memory, and have torch's cores to share. With fewer cores the
-    parts are the same, so that sums over them are.
+    No more than two, for each has its temporaries in memory. `last`: they take what time others leave of the cores.
+    With fewer cores the parts are the same, so that sums over them are.
     """
-    cores = thread_count() // BACKGROUND
-    parted = _pool(BACKGROUND, True, cores, last=True).map if cores else map
+    cores = thread_count() // PARTS
+    parted = _pool(PARTS, True, cores, last).map if cores else map
 
     def share(work: Callable[[slice], Any], count: int) -> list[Any]:
-        step = -(-count // BACKGROUND)
+        step = -(-count // PARTS)
         return list(parted(work, [slice(at, min(count, at + step)) for at in range(0, count, step)]))
 
     return share

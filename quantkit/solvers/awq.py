@@ -101,7 +101,7 @@ def _clipped(weight: Tensor, gram: Tensor, inverse: Tensor, grid: Grid) -> Quant
         ranges = grid.between(torch.maximum(low[i], -most), torch.minimum(high[i], most))
         delta = off(group, *ranges)  # (ranges, N, g)
         inside = inside * factor * factor[:, None]
-        best = (delta @ inside).add_(others).mul_(delta).sum(-1).argmin(0, keepdim=True)
+        best = (delta @ inside).add_(others).mul_(delta).sum(-1).min(0, keepdim=True).indices
         times[i], scale[i], zero[i] = (of.gather(0, best)[0] for of in (often, *ranges))
         made[:, own] = off(group, scale[i], zero[i]).mul_(factor)
     return rounded(groups.transpose(0, 1), scale.T, zero.T, grid)

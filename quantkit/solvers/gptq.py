@@ -123,7 +123,7 @@ def rounding(weight: Tensor, stats: Stats, grid: Grid, why: str) -> Solution[Qua
 
 def require_finite(stats: Stats, where: str | None = None) -> None:
     """BadInput where an activation has overflowed."""
-    if not bool(torch.isfinite(stats.gram).all()):
+    if not bool(torch.isfinite(stats.upper.diagonal()).all()):  # no product lies farther out than both its squares
         hint = "the model overflows on this text"
         raise BadInput("the calibration statistics are not finite", where=where, hint=hint)
 
