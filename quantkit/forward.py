@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from quantkit.attention import attention_for
+from quantkit.codecs.sharing import PARTS, Share, all_at_once, in_two
 from quantkit.errors import BadInput, UsageError
 from quantkit.hardware import may_have_card, multiplies_bf16
-from quantkit.later import Device, Tensor, nn, no_grad, torch
+from quantkit.later import Device, Tensor, nn, no_grad, on_cpu, torch
 from quantkit.model import Model, Ref, refused, transformers_config
 from quantkit.stats import Stats
 
@@ -230,16 +232,29 @@ def run(states: States, layer: int, block: nn.Module, device: torch.device, batc
         states.hidden[part] = (out[0] if isinstance(out, tuple) else out).to(states.hidden.device)
 
 
+def shared_out(states: States, device: Device) -> tuple[States, Share]:
+    """Batches for two threads of a CPU, as large as one would be for both, and the way to share them out.
+
+    The steps of a batch are short: two cores that share each of them wait for one another.
+    """
+    count, length = states.hidden.shape[:2]
+    tokens = min(states.batch_tokens // PARTS, -(-count // PARTS) * length)
+    if not on_cpu(device) or count < PARTS or length > tokens:
+        return states, all_at_once
+    return replace(states, batch_tokens=tokens), in_two()
+
+
 @no_grad
 def final_states(net: Network, ids: Tensor, positions: slice) -> Iterator[int | Tensor]:
     """The normed hidden states at `positions` of every sequence, (n, p, hidden) on the CPU.
 
     Yields the number of each block as it is done, then the states: the caller can show progress.
     """
-    states = embed(net, ids)
+    states, share = shared_out(embed(net, ids), net.device)
+    count = len(list(states.batches()))
     for layer in range(net.model.layers):
         with net.block(layer) as block:
-            run(states, layer, block, net.device)
+            share(partial(run, states, layer, block, net.device), count)
         yield layer
     norm = net.filled(net.base.norm, {"weight": net.outer("model.norm.weight")})
     out = torch.empty_like(states.hidden[:, positions])

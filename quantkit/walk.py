@@ -7,22 +7,19 @@ memory of a second block, and on a CPU of its statistics and of what is kept of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
 
 from quantkit.activations import readers, watching, widths
-from quantkit.codecs.sharing import ahead, all_at_once, in_two
+from quantkit.codecs.sharing import Share, ahead, all_at_once, in_two
 from quantkit.forward import Network, States, run
 from quantkit.later import Device, Tensor, on_cpu
 from quantkit.model import Model, Ref
 from quantkit.prefix import KEPT_BYTES, Kept, Shelf, prefix
 from quantkit.stats import Stats
 from quantkit.targets.target import finite
-
-Share = Callable[[Callable[[slice], Any], int], list[Any]]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ ALLOWED = {
     "solvers": {"codecs", "stats"},
     "model": {"arch", "chat", "codecs", "files"},
     "attention": set(),
-    "forward": {"attention", "model", "hardware", "stats"},
+    "forward": {"attention", "codecs", "model", "hardware", "stats"},
     "activations": {"model", "stats"},
     "evaluate": {"forward"},
     "cache": {"files", "model"},

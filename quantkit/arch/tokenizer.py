@@ -50,7 +50,7 @@ class Tokenizer:
 
     def _ids(self, text: str, special: bool) -> list[int]:
         self.backend.encode_special_tokens = not special  # the library's switch is per tokenizer, not per call
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids  # without offsets
 
 
 def load_tokenizer(files: Mapping[str, str]) -> Tokenizer:

@@ -22,6 +22,7 @@ from quantkit.later import Device, Tensor, on_cpu, torch, torch_is_there
 P = TypeVar("P")
 T = TypeVar("T")
 Rows = Callable[[slice], Tensor]  # rows of a matrix (rows, width), read or computed when they are asked for
+Share = Callable[[Callable[[slice], Any], int], list[Any]]  # what work makes of so many things, part by part
 
 SLAB = 1 << 18  # weights: one MiB of float32, half of a common L2 cache
 SLAB_ELSEWHERE = 1 << 24
@@ -86,7 +87,7 @@ def all_at_once(work: Callable[[slice], T], count: int) -> list[T]:
     return [work(slice(0, count))]
 
 
-def in_two(last: bool = False) -> Callable[[Callable[[slice], Any], int], list[Any]]:
+def in_two(last: bool = False) -> Share:
     """A way to share `count` things out to two threads, which have torch's cores between them.
 
     No more than two, for each has its temporaries in memory. `last`: they take what time others leave of the cores.
