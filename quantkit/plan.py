@@ -113,7 +113,9 @@ def make_plan(model: Model, recipe: Recipe, device: Device, rows: int | None = N
     on_gpu = not on_cpu(device)
     if any(o.behind for o in outputs) and not on_gpu:  # and run ahead
         states += PARTS * _batch_bytes(model, batch) + min(KEPT_BYTES, 4 * sum(k * k for k in widths(model)))
-        states += _batch_bytes(model, batch) + second_sums(model)
+        if sums := second_sums(model):  # another thread's
+            lasting = any(o.lasting for o in outputs)
+            states += _batch_bytes(model, batch) + sums + 2 * _block_bytes(model) * lasting
     return Plan(
         outputs,
         peak_ram=BASE_BYTES + states + (_largest(model) if on_gpu else working),

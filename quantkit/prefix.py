@@ -23,7 +23,7 @@ from functools import partial, reduce
 from typing import Any, TypeVar
 
 from quantkit.activations import readers, widths
-from quantkit.codecs.sharing import all_at_once, in_two
+from quantkit.codecs.sharing import Share, all_at_once, in_two
 from quantkit.forward import Network, States
 from quantkit.later import Tensor, nn, on_cpu, torch
 from quantkit.model import Model
@@ -160,17 +160,21 @@ class Inputs(Mapping[str, Stats]):
         """
         self.reached.clear()  # these are of weights that change now
         self.left.clear()
-        block, goal, theirs = self._block, torch.empty_like(self.source.hidden), self._parameters({})
-        with torch.no_grad():
-            for part in self.source.batches():
+        goal, theirs = torch.empty_like(self.source.hidden), self._parameters({})
+
+        def run(block: nn.Module, batches: Batches) -> None:
+            for _, part in batches:
                 goal[part] = self._run(block, theirs, self.source.hidden[part].to(self.net.device)).to(goal.device)
+
+        self._shared(run)
 
         held = range(len(goal) - max(1, len(goal) // HELD_OUT), len(goal))
         taught = range(held.start) or held  # one row alone serves for both
 
         def loss(weights: Mapping[str, Tensor], rows: list[int]) -> Tensor:
             wanted, device = goal[rows].to(self.net.device), self.net.device
-            made = self._run(block, self._parameters({**self.solved, **weights}), self.behind.hidden[rows].to(device))
+            parameters, block = self._parameters({**self.solved, **weights}), deepcopy(self._block)
+            made = self._run(block, parameters, self.behind.hidden[rows].to(device))
             return ((made - wanted).square().mean(-1) / wanted.square().mean(-1)).mean()  # a token counts as any other
 
         def error(factors: Mapping[str, Factors]) -> float:
@@ -180,7 +184,7 @@ class Inputs(Mapping[str, Stats]):
                 return sum(loss(made, rows).item() * len(rows) for rows in parts)
 
         unmoved = {name: r.unmoved() for name, r in ranged.items()}
-        learned = learn(ranged, loss, len(taught), seed=self.layer)
+        learned = learn(ranged, loss, len(taught), self.layer, self._share)
         before, after = error(unmoved), error(learned)
         return (learned, after / before) if after < before else (unmoved, 1.0)
 
@@ -230,8 +234,7 @@ class Inputs(Mapping[str, Stats]):
             with torch.no_grad():
                 return work(deepcopy(block), batches[part])
 
-        share = in_two() if on_cpu(self.net.device) and second_sums(self.net.model) else all_at_once
-        return share(some, len(batches))
+        return self._share(some, len(batches))
 
     def _reaching(
         self,
@@ -276,6 +279,10 @@ class Inputs(Mapping[str, Stats]):
             if key[1] != self._end:
                 self.left[key] = weight, out.to(self.behind.hidden.device)
         return out.to(self.net.device)
+
+    @property
+    def _share(self) -> Share:
+        return in_two() if on_cpu(self.net.device) and second_sums(self.net.model) else all_at_once
 
     @property
     def _block(self) -> nn.Module:

@@ -16,6 +16,7 @@ from toy import toy_model, write_toy
 from quantkit import plan
 from quantkit.codecs import encode, lookup
 from quantkit.codecs.grid import Grid
+from quantkit.codecs.sharing import all_at_once, in_two
 from quantkit.errors import Resumable
 from quantkit.journal import Journal
 from quantkit.model import open_model
@@ -39,14 +40,22 @@ def made(source: Path, out: Path, *options: object) -> dict:
     return json.loads(stdout)
 
 
-def test_factors_of_a_closed_form_are_found():
+@pytest.mark.parametrize("share", [all_at_once, in_two()])
+def test_factors_of_a_closed_form_are_found(share):
     """With y = f w x for one range, the factor that the data were made with is the one of least error."""
     g = torch.Generator().manual_seed(0)
     w, x = torch.randn(3, 8, generator=g), torch.randn(16, 8, generator=g)
     factors = 1 + 0.2 * torch.rand(3, 2, generator=g)
     ranged = {"w": Ranged((w,), torch.arange(8) // 4, lambda f: f)}
     y = x @ ranged["w"].weight((factors,)).T
-    found = learn(ranged, lambda ws, rows: (x[rows] @ ws["w"].T - y[rows]).square().mean(), len(x), seed=0)["w"]
+    seen = []
+
+    def loss(weights, rows):
+        seen.append(len(rows))
+        return (x[rows] @ weights["w"].T - y[rows]).square().mean()
+
+    found = learn(ranged, loss, len(x), seed=0, share=share)["w"]
+    assert set(seen) == {4 if share is all_at_once else 2}
     before, after = ((f - factors).abs().mean() for f in (1.0, found[0]))
     assert after < before / 2
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from quantkit.codecs.sharing import Share, all_at_once
 from quantkit.later import Tensor, torch
 
 ITERATIONS = 40
@@ -64,22 +65,35 @@ class Ranged:
 
 
 def learn(
-    ranged: Mapping[str, Ranged], loss: Callable[[dict[str, Tensor], list[int]], Tensor], rows: int, seed: int
+    ranged: Mapping[str, Ranged],
+    loss: Callable[[dict[str, Tensor], list[int]], Tensor],
+    rows: int,
+    seed: int,
+    share: Share = all_at_once,
 ) -> dict[str, Factors]:
-    """Factors for every weight that make `loss` small: of weights by name, on some of `rows` calibration rows."""
+    """Factors for every weight that make `loss` small: of weights by name, the mean of some of `rows` calibration rows.
+
+    `share`: how the rows of a step are shared out to threads.
+    """
     factors = {name: r.unmoved() for name, r in ranged.items()}
     every = [f.requires_grad_() for each in factors.values() for f in each]
     steps = torch.optim.Adam(every, lr=RATE, betas=(0.9, 0.95))
     falling = torch.optim.lr_scheduler.LinearLR(steps, 1.0, 1 / ITERATIONS, ITERATIONS)
     drawn = torch.Generator().manual_seed(seed)
-    with torch.enable_grad():
-        for _ in range(ITERATIONS):
-            some = torch.randperm(rows, generator=drawn)[:ROWS].tolist()
-            steps.zero_grad()
-            loss({name: r.weight(factors[name]) for name, r in ranged.items()}, some).backward()
-            steps.step()
-            falling.step()
-            with torch.no_grad():
-                for f in every:
-                    f.clamp_(1 - FARTHEST, 1 + FARTHEST)
+    for _ in range(ITERATIONS):
+        some = torch.randperm(rows, generator=drawn)[:ROWS].tolist()
+
+        def slopes(part: slice, some: list[int] = some) -> tuple[Tensor, ...]:
+            mine = some[part]
+            with torch.enable_grad():
+                made = loss({name: r.weight(factors[name]) for name, r in ranged.items()}, mine)
+                return torch.autograd.grad(made * (len(mine) / len(some)), every)
+
+        for f, *each in zip(every, *share(slopes, len(some)), strict=True):
+            f.grad = torch.stack(each).sum(0)
+        steps.step()
+        falling.step()
+        with torch.no_grad():
+            for f in every:
+                f.clamp_(1 - FARTHEST, 1 + FARTHEST)
     return {name: tuple(f.detach() for f in each) for name, each in factors.items()}
