@@ -42,6 +42,19 @@ def test_names_permutation_and_config_give_the_logits_of_transformers(toy_gguf):
     assert torch.allclose(logits(toy_gguf, chunks), expected, atol=2e-4)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_chunks_that_two_threads_share_are_all_scored_in_batches_of_half_the_size(toy_gguf, count):
+    chunks, sizes = ids(count), []
+    net = network(open_model(toy_gguf), CPU, batch_tokens=4 * 64)
+    net.base.layers[0].mlp.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    predictions = last(predict(net, chunks))
+    with torch.no_grad():
+        expected = toy_model()(chunks).logits[:, 32:63]
+    found = (predictions.hidden @ predictions.head.T).view(count, -1, CONFIG["vocab_size"])
+    assert torch.allclose(found, expected, atol=2e-4)
+    assert sorted(sizes) == {1: [1], 2: [1, 1], 3: [1, 2], 5: [1, 2, 2]}[count]
+
+
 def test_logits_are_those_of_llama_cpp(toy_gguf):
     chunks = ids(2)
     oracle = Oracle(str(toy_gguf))

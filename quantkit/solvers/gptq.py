@@ -17,6 +17,7 @@ A column that no calibration token reached has an all-zero row in H: it is round
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -99,10 +100,10 @@ def gptq(weight: Tensor, stats: Stats, grid: Grid, damp: float = DAMP, polishing
     if found is None:
         return _rounded(goal, gram, grid, damp, "its statistics have no Cholesky factor")
     best = _reconsidered(goal, gram, damp, found, grid, polishing)
-    by_rounding = _rounded(goal, gram, grid, damp, "solving did worse")
-    made = taken(best, goal, gram)
-    better = bool(made.sum() <= by_rounding.errors.sum())
-    return replace(by_rounding, quantized=best, errors=made, fallback="") if better else by_rounding
+    by_rounding, made = of_told(goal, gram, lambda rows: rtn(rows, grid)), taken(best, goal, gram)
+    if made.sum() > by_rounding.sum():
+        return _rounded(goal, gram, grid, damp, "solving did worse")
+    return Solution(best, made, by_rounding, taken(None, goal, gram), damp)
 
 
 def by_activation(weight: Tensor, stats: Stats, grid: Grid) -> Solution[Quantized]:
@@ -140,6 +141,14 @@ def taken(q: Codes | None, weight: Tensor, gram: Tensor) -> Tensor:
     value = weight if q is None else weight - q.dequantize()
     out = weight.new_zeros(len(weight))
     out[some] = errors(value[some], gram)
+    return out
+
+
+def of_told(weight: Tensor, gram: Tensor, make: Callable[[Tensor], Codes]) -> Tensor:
+    """The errors (N,) of what `make` makes of rows of a weight, in those that are told of; no others are made."""
+    some = told(len(weight))
+    out = weight.new_zeros(len(weight))
+    out[some] = errors(weight[some] - make(weight[some]).dequantize(), gram)
     return out
 
 

@@ -18,13 +18,14 @@ Rows are independent of one another: each thread solves its share of them.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from quantkit.codecs import Codec, decode, encode
 from quantkit.codecs.parts import Ladder, Parts
 from quantkit.codecs.sharing import one_each, share_out
 from quantkit.later import Tensor, on_cpu, torch
 from quantkit.solvers.damping import inverse_factor, seen, with_damping
-from quantkit.solvers.gptq import Solution, aim, group_aware_order, require_finite, taken
+from quantkit.solvers.gptq import Solution, aim, group_aware_order, of_told, require_finite, taken
 from quantkit.stats import Stats
 
 DAMP = 0.15  # of the mean diagonal, added to the diagonal
@@ -88,11 +89,11 @@ def ladder_gptq(weight: Tensor, stats: Stats, codec: Codec, damp: float = DAMP) 
     if upper is None:
         return _by_ggml(weight, stats, codec, damp, "its statistics have no Cholesky factor")
     goal, damped = aim(weight, stats), with_damping(gram, damp)
-    by_ggml = _by_ggml(goal, stats, codec, damp, "solving did no better")
     found = _solved(goal, seen(gram), order, upper, damped, codec)
-    made = taken(found, goal, gram)
-    better = bool(made.sum() < by_ggml.errors.sum())
-    return replace(by_ggml, quantized=found, errors=made, fallback="") if better else by_ggml
+    made, by_ggml = taken(found, goal, gram), of_told(goal, gram, partial(_as_ggml, stats, codec))
+    if made.sum() >= by_ggml.sum():
+        return _by_ggml(goal, stats, codec, damp, "solving did no better")
+    return Solution(found, made, by_ggml, taken(None, goal, gram), damp)
 
 
 def on_grid(weight: Tensor, stats: Stats, codec: Codec) -> Encoded | None:
@@ -101,7 +102,7 @@ def on_grid(weight: Tensor, stats: Stats, codec: Codec) -> Encoded | None:
     bound = FOUND_AGAIN / len(codec.ladder.levels) ** 2
     encoded = None
     for rows in (weight[:: -(-len(weight) // FEW)], weight):
-        encoded = Encoded(codec, encode(codec.name, rows, stats.importance))
+        encoded = _as_ggml(stats, codec, rows)
         missed = encoded.dequantize() - rows
         if missed.square().sum() > bound * rows.square().sum():
             return None
@@ -109,7 +110,11 @@ def on_grid(weight: Tensor, stats: Stats, codec: Codec) -> Encoded | None:
 
 
 def _by_ggml(weight: Tensor, stats: Stats, codec: Codec, damp: float, why: str) -> Solution[Encoded]:
-    return _as_solution(Encoded(codec, encode(codec.name, weight, stats.importance)), weight, stats, damp, why)
+    return _as_solution(_as_ggml(stats, codec, weight), weight, stats, damp, why)
+
+
+def _as_ggml(stats: Stats, codec: Codec, weight: Tensor) -> Encoded:
+    return Encoded(codec, encode(codec.name, weight, stats.importance))
 
 
 def _as_solution(encoded: Encoded, weight: Tensor, stats: Stats, damp: float, why: str) -> Solution[Encoded]:

@@ -23,7 +23,7 @@ from quantkit.targets.folder import fitting_group, folder_output, linear, reader
 from quantkit.targets.folding import fold
 from quantkit.targets.grids import Asked, of_stem, solved_folder
 from quantkit.targets.target import Calibration, Choices, Family, Output, Piece, Solved
-from quantkit.targets.unsolved import weight_loss
+from quantkit.targets.unsolved import told_of, weight_loss
 
 
 def plan(match: re.Match[str], model: Model, calibration: Calibration | None, choices: Choices) -> Output:
@@ -65,10 +65,14 @@ def _solve(grid: Grid, piece: Piece) -> Iterator[Solved]:
             q = weighted(weight, stats, grid)
         else:
             q = awq_round(weight, stats, grid, scale.expand(weight.shape[1]))
-        value, plain = q.dequantize(), weight / scale
-        rounded = weight_loss(plain, rtn(plain, grid).dequantize(), stats)
-        log = {"loss_rounded": rounded, "order": "columns scaled", "fallback": fallback or None}
-        yield Solved(name, _packed(name, q), value, weight_loss(plain, value / scale, stats), log)
+        value, plain = q.dequantize(), told_of(weight) / scale
+        rounded = rtn(plain[0], grid).dequantize()[None]
+        log = {
+            "loss_rounded": weight_loss(plain, rounded, stats),
+            "order": "columns scaled",
+            "fallback": fallback or None,
+        }
+        yield Solved(name, _packed(name, q), value, weight_loss(plain, told_of(value) / scale, stats), log)
 
 
 def _packed(name: str, q: Quantized, _: int = 4) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from quantkit.later import Device, Tensor, torch
 from quantkit.model import Model, in_rows
 from quantkit.targets.mixtures import quantizable
 from quantkit.targets.target import Piece, Row, Solved, finite
-from quantkit.targets.unsolved import recoded, straight, weight_loss
+from quantkit.targets.unsolved import recoded, straight, told_of, weight_loss
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,9 @@ def encoded(piece: Piece, tensor: Held, row: Row, importance: Array | None) -> S
     except BadInput as e:
         raise BadInput(e.what, where=e.where or row.name, hint=e.hint) from e
     if piece.stats and tensor.reads:
-        before, stats = rows(slice(0, count)).view(row.shape), [piece.stats[name] for name in tensor.reads]
-        loss = weight_loss(before, decode(row.type, raw, row.shape), *stats)
+        stats = [piece.stats[name] for name in tensor.reads]
+        before, made = told_of(rows(slice(0, count)), len(stats)), told_of(raw, len(stats))
+        loss = weight_loss(before, decode(row.type, made, before.shape), *stats)
     return Solved(row.source, {row.name: raw.flatten()}, None, loss)
 
 

@@ -57,29 +57,36 @@ def recoded(
 ) -> float:
     """Fill `out`, whose first dimension counts rows, with what `encode(rows(part), part)` makes of every part.
 
-    Returns the relative error of that, as `decode` reads it in fresh float32.
+    Returns the relative error of that, as `decode` reads it in fresh float32, in the rows of parts that are `told` of.
     """
+    read = told(len(out))
 
     def one(part: slice) -> tuple[float, float]:
         before = rows(part)
         made = encode(before, part)
         out[part] = made
-        plain = before.flatten()
-        delta = decode(made).flatten().sub_(plain)
+        plain = before[read].flatten()
+        delta = decode(made[read]).flatten().sub_(plain)
         return torch.dot(delta, delta).item(), torch.dot(plain, plain).item()
 
     made, full = (sum(column) for column in zip(*share_out(one, parts, out.device), strict=True))
     return made / max(full, 1e-30)
 
 
-def weight_loss(weight: Tensor, value: Tensor, *stats: Stats) -> float:
-    """The relative error of `value` for `weight`; see `Solved`. 0 for a weight of zeros kept as zeros.
+def told_of(rows: Tensor, experts: int = 1) -> Tensor:
+    """Of the rows of a matrix or of a stack of experts (experts x N, ...) those that are `told` of: (experts, n, ...).
 
-    A stack of experts (experts, rows, width) has statistics for each. It is that of the rows that are `told` of.
+    To decode and to compare the others would be work for nothing.
     """
-    shape = (len(stats), -1, weight.shape[-1])
-    some = told(weight.numel() // weight.shape[-1] // len(stats))
-    parts = list(zip(weight.reshape(shape)[:, some], value.reshape(shape)[:, some], stats, strict=True))
-    made = torch.stack([error(v - w, s.gram) for w, v, s in parts]).sum()
-    full = torch.stack([error(w, s.gram) for w, _, s in parts]).sum()
+    stack = rows.unflatten(0, (experts, -1))
+    return stack[:, told(stack.shape[1])]
+
+
+def weight_loss(weight: Tensor, value: Tensor, *stats: Stats) -> float:
+    """The relative error of `value` for `weight`, both as `told_of`; see `Solved`. 0 for zeros that are kept as zeros.
+
+    Experts have statistics for each.
+    """
+    made = torch.stack([error(v - w, s.gram) for w, v, s in zip(weight, value, stats, strict=True)]).sum()
+    full = torch.stack([error(w, s.gram) for w, s in zip(weight, stats, strict=True)]).sum()
     return (made / full.clamp_min(1e-30)).clamp_min(0).item()
