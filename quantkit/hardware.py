@@ -74,13 +74,13 @@ class Machine:
 
 
 def parse_size(text: str, where: str) -> int:
-    """`24GiB`, `24G` (1024-based, as memory is sold), `24GB` (1e9) or `512MiB` in bytes; UsageError otherwise."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([MG])(iB|B)?", text.strip(), re.IGNORECASE | re.ASCII)
+    """`24GiB`, `24G` (1024-based, as memory is sold), `24GB` (1e9), `512MiB` or `1TiB` in bytes; UsageError otherwise."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([MGT])(iB|B)?", text.strip(), re.IGNORECASE | re.ASCII)
     if not match:
         raise UsageError(f"{text!r} is no size such as 24GiB", where=where, hint="give GiB, or GB for 1e9 bytes")
     number, unit, kind = float(match[1]), match[2].upper(), (match[3] or "iB").lower()
     base = 1000 if kind == "b" else 1024
-    return int(number * base ** {"M": 2, "G": 3}[unit])
+    return int(number * base ** {"M": 2, "G": 3, "T": 4}[unit])
 
 
 def find_card(name: str) -> Card | None:

@@ -226,6 +226,7 @@ def test_cards_and_sizes_are_read():
     assert find_card("a toaster") is None
     assert all(c.source.startswith("https://") and c.gb_per_s > 200 for c in CARDS)
     assert parse_size("24GiB", "") == parse_size("24G", "") == 24 * GIB and parse_size("24GB", "") == 24 * 10**9
+    assert parse_size("1.5TiB", "") == 1536 * GIB and parse_size("1TB", "") == 10**12
     for args, said in ((("--vram", "24 apples"), "--vram"), (("--kv", "q5_1"), "f16, q8_0, q4_0")):
         status, _, stderr = quantkit("advise", "nothing.gguf", *args)
         assert status == 2 and said in stderr
