@@ -74,7 +74,7 @@ class Machine:
 
 
 def parse_size(text: str, where: str) -> int:
-    """`24GiB`, `24G` (1024-based, as memory is sold), `24GB` (1e9), `512MiB` or `1TiB` in bytes; UsageError otherwise."""
+    """`24GiB`, `24G` (1024-based, as memory is sold), `24GB` (1e9), 512MiB or 1TiB in bytes; UsageError otherwise."""
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([MGT])(iB|B)?", text.strip(), re.IGNORECASE | re.ASCII)
     if not match:
         raise UsageError(f"{text!r} is no size such as 24GiB", where=where, hint="give GiB, or GB for 1e9 bytes")
