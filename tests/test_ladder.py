@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 
 import gguf
 import pytest
@@ -24,6 +25,16 @@ from quantkit.stats import Stats, error
 
 LADDERS = [name for name, codec in CODECS.items() if codec.ladder]
 N, K = 24, 512
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A weight as it stands."""
+
+    value: torch.Tensor
+
+    def dequantize(self) -> torch.Tensor:
+        return self.value
 
 
 def some_weight(seed: int = 0) -> torch.Tensor:
@@ -93,6 +104,15 @@ def test_the_weight_that_is_aimed_at_makes_up_for_the_prefix(monkeypatch, stats)
     weight = some_weight(4)
     value = ladder_gptq(weight, drifted, lookup("Q6_K"), damp=0.01).quantized.dequantize()
     assert error(value - 2 * weight, stats.gram) < 0.01 * error(weight, stats.gram)  # less than damping leaves
+
+
+def test_where_solving_goes_wrong_the_weight_is_ggmls(monkeypatch, stats):
+    w, codec = some_weight(), CODECS["Q4_K"]
+    for spoilt in (torch.zeros, lambda *shape: torch.full(shape, torch.nan)):
+        monkeypatch.setattr(solver, "_solved", lambda *args, spoilt=spoilt: Plain(spoilt(*w.shape)))
+        found = ladder_gptq(w, stats, codec)
+        assert found.fallback == "solving did no better"
+        assert torch.equal(found.quantized.raw, encode("Q4_K", w, stats.importance))
 
 
 def test_what_no_token_reaches_is_rounded_by_ggml():

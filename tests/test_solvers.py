@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from quantkit.solvers import gptq as solver
 from quantkit.solvers.awq import awq_round, awq_scale, compensated
 from quantkit.solvers.damping import damped_factor, inverse_factor
 from quantkit.solvers.gptq import group_aware_order
-from quantkit.solvers.rtn import rtn
+from quantkit.solvers.rtn import rtn, weighted
 from quantkit.stats import Stats, error, errors
 
 N, K, G = 48, 96, 32
@@ -159,6 +161,24 @@ def test_polishing_never_lets_the_damped_error_grow(bits, symmetric):
         made.append(errors(q.dequantize() - w, damped))
         assert bool((made[-1] <= made[-2] * (1 + 1e-5)).all())
     assert made[-1].sum() < 0.7 * made[0].sum()
+
+
+@pytest.mark.parametrize("spoilt", [-1.0, torch.nan])
+def test_where_solving_goes_wrong_the_weight_is_rounded(monkeypatch, spoilt):
+    w, stats, grid = weight(n=300), correlated(), Grid(4, G)  # so many rows that some are told of
+    monkeypatch.setattr(solver, "_reconsidered", lambda *args: replace(args[3], scales=args[3].scales * spoilt))
+    found = solver.gptq(w, stats, grid)
+    assert found.fallback == "solving did worse" and torch.equal(found.quantized.codes, rtn(w, grid).codes)
+
+
+def test_rounding_under_importance_is_row_by_row_however_many_there_are(monkeypatch):
+    w, stats, grid = weight(n=64), correlated(), Grid(4, G)
+    whole = weighted(w, stats, grid)
+    monkeypatch.setattr("quantkit.codecs.sharing.SLAB", 5 * K)
+    assert torch.equal(weighted(w, stats, grid).dequantize(), whole.dequantize())
+    assert error(whole.dequantize() - w, torch.diag(stats.importance)) < error(
+        rtn(w, grid).dequantize() - w, torch.diag(stats.importance)
+    )
 
 
 def test_statistics_that_are_not_finite_are_refused():

@@ -101,9 +101,9 @@ def gptq(weight: Tensor, stats: Stats, grid: Grid, damp: float = DAMP, polishing
         return _rounded(goal, gram, grid, damp, "its statistics have no Cholesky factor")
     best = _reconsidered(goal, gram, damp, found, grid, polishing)
     by_rounding, made = of_told(goal, gram, lambda rows: rtn(rows, grid)), taken(best, goal, gram)
-    if made.sum() > by_rounding.sum():
-        return _rounded(goal, gram, grid, damp, "solving did worse")
-    return Solution(best, made, by_rounding, taken(None, goal, gram), damp)
+    if made.sum() <= by_rounding.sum():  # which is false of what is not a number
+        return Solution(best, made, by_rounding, taken(None, goal, gram), damp)
+    return _rounded(goal, gram, grid, damp, "solving did worse")
 
 
 def by_activation(weight: Tensor, stats: Stats, grid: Grid) -> Solution[Quantized]:

@@ -91,9 +91,9 @@ def ladder_gptq(weight: Tensor, stats: Stats, codec: Codec, damp: float = DAMP) 
     goal, damped = aim(weight, stats), with_damping(gram, damp)
     found = _solved(goal, seen(gram), order, upper, damped, codec)
     made, by_ggml = taken(found, goal, gram), of_told(goal, gram, partial(_as_ggml, stats, codec))
-    if made.sum() >= by_ggml.sum():
-        return _by_ggml(goal, stats, codec, damp, "solving did no better")
-    return Solution(found, made, by_ggml, taken(None, goal, gram), damp)
+    if made.sum() < by_ggml.sum():
+        return Solution(found, made, by_ggml, taken(None, goal, gram), damp)
+    return _by_ggml(goal, stats, codec, damp, "solving did no better")
 
 
 def on_grid(weight: Tensor, stats: Stats, codec: Codec) -> Encoded | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quantkit.codecs.grid import Grid, Quantized
+from quantkit.codecs.sharing import share_out, slabs
 from quantkit.later import Tensor, torch
 from quantkit.stats import Stats
 
@@ -20,8 +21,13 @@ def weighted(weight: Tensor, stats: Stats, grid: Grid) -> Quantized:
     """
     importance = stats.importance
     seen = torch.where(importance == 0, importance.mean(), importance)
-    groups = weight.float().unflatten(1, (-1, grid.group))
-    return rounded(groups, *grid.fit(groups, seen.unflatten(0, (-1, grid.group))), grid)
+    columns = seen.unflatten(0, (-1, grid.group))
+
+    def fitted(rows: slice) -> Quantized:
+        groups = weight[rows].float().unflatten(1, (-1, grid.group))
+        return rounded(groups, *grid.fit(groups, columns), grid)
+
+    return Quantized.stacked(share_out(fitted, slabs(len(weight), weight.shape[1], weight.device), weight.device))
 
 
 def rounded(groups: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Quantized:
