@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -12,7 +12,7 @@ from typing import Any
 
 from quantkit.errors import VerifyError
 from quantkit.events import Event, Failed, Progress, Resumed, TensorDone
-from quantkit.files.atomic import staged, syncing
+from quantkit.files.atomic import Syncing, staged
 from quantkit.files.raw import seal
 from quantkit.forward import EMBEDDING, Network, States
 from quantkit.journal import Entry, Journal
@@ -34,6 +34,7 @@ class Product:
     staging: ExitStack  # closing it gives the product its final name
     writing: ExitStack  # closing it completes the files
     writer: Any
+    syncing: Syncing
     thread: ThreadPoolExecutor  # where it is written
     storing: Future[None] | None = None
     digests: dict[str, str] = field(default_factory=dict)
@@ -53,9 +54,10 @@ def opened(output: Output, out: Path, force: bool, parent: ExitStack) -> Product
     """An output whose bytes go to a hidden sibling of its place under `out`, until `parent` or itself is closed."""
     staging = parent.enter_context(ExitStack())
     partial = staging.enter_context(staged(out / output.root, replace=force))
+    syncing = staging.enter_context(Syncing(partial))
     writing = staging.enter_context(ExitStack())
     writer = writing.enter_context(output.writer(partial))
-    return Product(output, partial, staging, writing, writer, writing.enter_context(ThreadPoolExecutor(1)))
+    return Product(output, partial, staging, writing, writer, syncing, writing.enter_context(ThreadPoolExecutor(1)))
 
 
 def behind(p: Product, net: Network, step: Step, own: States, device: Device) -> Iterator[Event]:
@@ -83,8 +85,7 @@ def _taken_over(p: Product, kept: list[Entry]) -> Iterator[Event]:
     rows = {r.source: r for r in p.output.rows}
     for e in kept:
         p.digests[e.source] = e.digest
-        for name, part in e.parts.items():
-            p.writer.write(name, part)
+        _write(p, e.parts)
         yield TensorDone(p.output.target, rows[e.source], e.loss, 0.0, e.log)
 
 
@@ -115,8 +116,13 @@ def each(products: list[Product], piece: Piece, made: list[Solved] | None = None
 def _store(p: Product, solved: Solved) -> None:
     value = None if p.output.sealed else solved.value
     p.digests[solved.source] = seal(solved.parts.values()) if value is None else digest(in_rows(value), value.shape)
-    for name, part in solved.parts.items():
+    _write(p, solved.parts)
+
+
+def _write(p: Product, parts: Mapping[str, Any]) -> None:
+    for name, part in parts.items():
         p.writer.write(name, part)
+        p.syncing.wrote(part.nbytes)
 
 
 def finish(p: Product) -> Generator[Event, None, bool]:
@@ -126,9 +132,9 @@ def finish(p: Product) -> Generator[Event, None, bool]:
     p.writing.close()
     try:
         check = check_seals if p.output.sealed else verify
-        with syncing(p.partial):
-            for done, _ in enumerate(check(p.output, p.partial, p.digests)):
-                yield Progress(stage, done + 1, len(p.output.rows))
+        p.syncing.start()
+        for done, _ in enumerate(check(p.output, p.partial, p.digests)):
+            yield Progress(stage, done + 1, len(p.output.rows))
     except VerifyError as e:
         _forget(p)  # or the next run would take it over
         p.staging.__exit__(type(e), e, e.__traceback__)

@@ -13,7 +13,7 @@ import pytest
 
 from quantkit.errors import Resumable, UsageError
 from quantkit.files import atomic
-from quantkit.files.atomic import free_bytes, require_space, staged
+from quantkit.files.atomic import Syncing, free_bytes, require_space, staged
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -118,6 +118,42 @@ def test_other_errors_of_the_system_pass_through(tmp_path):
         raise PermissionError(errno.EACCES, "no")
     with pytest.raises(FileNotFoundError), staged(tmp_path / "m.gguf"):
         pass  # nothing was written, so there is nothing to publish
+
+
+def test_much_that_was_written_is_brought_to_the_disk_at_once(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(atomic, "_sync", synced.append)
+    with Syncing(tmp_path) as syncing:
+        for _ in range(3):
+            syncing.wrote(atomic.SYNCED_AT_ONCE // 2)
+        syncing._thread.submit(int).result()  # what was asked for before is done
+        assert synced == [tmp_path]
+        syncing.start()
+    assert synced == [tmp_path] * 2
+
+
+@pytest.mark.parametrize("code, expected", [(errno.EIO, OSError), (errno.ENOSPC, Resumable)])
+def test_what_cannot_be_brought_to_the_disk_is_not_named(tmp_path, monkeypatch, code, expected):
+    failed = []
+
+    def once(path: Path) -> None:
+        """As the system does: it says so to the first who asks, and to nobody after that."""
+        if not failed:
+            failed.append(path)
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(atomic, "_sync", once)
+    with pytest.raises(expected), staged(tmp_path / "m.gguf") as partial, Syncing(partial) as syncing:
+        partial.write_text("new")
+        syncing.start()
+        syncing.start()
+    assert failed and contents(tmp_path) == {}
+    with pytest.raises(expected), Syncing(tmp_path) as syncing:
+        failed.clear()
+        syncing.start()
+        syncing._thread.submit(int).result()
+        syncing.wrote(atomic.SYNCED_AT_ONCE)
+        raise AssertionError("it is said at once")
 
 
 def test_space_is_required_before_it_is_used(tmp_path):

@@ -1,9 +1,9 @@
 """Rows of one type straight to another on the CPU, by libggml and numpy: what a GGUF made of a GGUF takes, no torch.
 
 Each thread takes a slab of rows: decodes it, encodes it, decodes every eighth row of what came out of that, and
-measures the difference. The two buffers of a thread are all that is made beside the result, and they stay in its core's
-cache. Sums of squares tell whether all is finite as well as how large the error is: no pass over the weights is made
-for the check alone.
+measures the difference. The two buffers of a thread are all that is made beside the result, and they stay in caches.
+Sums of squares tell whether all is finite as well as how large the error is: no pass over the weights is made for the
+check alone.
 """
 
 from __future__ import annotations

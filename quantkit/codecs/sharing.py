@@ -1,9 +1,9 @@
 """Work on a matrix shared out to threads, a slab of rows at a time.
 
-A slab is small enough that its temporaries stay in a core's cache, where a chain of steps over it takes a third of the
-time that whole tensors take, and nothing of the tensor's own size is ever made. The steps are torch's, numpy's and
-ggml's, which all drop the interpreter's lock. On another device one thread gives the orders, and slabs are as large as
-it needs.
+A slab is small enough that its temporaries stay in a processor's caches, where a chain of steps over it takes a third
+of the time that whole tensors take, and nothing of the tensor's own size is ever made. The steps are torch's, numpy's
+and ggml's, which all drop the interpreter's lock. On another device one thread gives the orders, and slabs are as large
+as it needs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 Rows = Callable[[slice], Tensor]  # rows of a matrix (rows, width), read or computed when they are asked for
 Share = Callable[[Callable[[slice], Any], int], list[Any]]  # what work makes of so many things, part by part
 
-SLAB = 1 << 18  # weights: one MiB of float32, half of a common L2 cache
+SLAB = 1 << 20  # weights: with fewer, threads wait for the interpreter's lock, or to be woken, between short steps
 SLAB_ELSEWHERE = 1 << 24
 PARTS = 2  # of what `in_two` shares out
 NICE = 10  # how far threads that come last step back: but not behind other programs

@@ -15,14 +15,17 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 from quantkit.errors import Resumable, UsageError
 
 # What the system says when there is no more room: on the disk, in the user's quota, under the file-size limit.
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+SYNCED_AT_ONCE = 64 << 20  # bytes, at least: a disk takes few large pieces sooner than many small ones
 
 
 @contextmanager
@@ -147,13 +150,44 @@ def _swap(partial: Path, path: Path) -> None:
     _remove(old)
 
 
-@contextmanager
-def syncing(path: Path) -> Iterator[None]:
-    """Bring what was written to the disk while other work goes on; nothing is left to wait for at the end."""
-    with disk_errors(path), ThreadPoolExecutor(1) as thread:
-        flushed = thread.submit(_sync, path)
-        yield
-        flushed.result()
+class Syncing:
+    """Brings what is written at `path` to the disk while other work goes on, so that little is waited for at the end.
+
+    A system left alone keeps it in memory for half a minute, or until a tenth of that is full. What goes wrong is
+    raised at the next call of `wrote`, or when the context is left, as `disk_errors` has it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._thread = path, ThreadPoolExecutor(1)
+        self._since = 0
+        self._last: Future[Any] = self._thread.submit(int)  # begins with nothing
+
+    def wrote(self, nbytes: int) -> None:
+        """Note that so many bytes more were written; once they are many, they are brought to the disk."""
+        self._since += nbytes
+        if self._since >= SYNCED_AT_ONCE and self._last.done():
+            self._settle()
+            self.start()
+
+    def start(self) -> None:
+        """Bring all that is written by now to the disk."""
+        self._since, self._last = 0, self._thread.submit(self._after, self._last)
+
+    def _after(self, before: Future[Any]) -> None:
+        before.result()
+        _sync(self._path)
+
+    def _settle(self) -> None:
+        with disk_errors(self._path):
+            self._last.result()
+
+    def __enter__(self) -> Syncing:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self._settle()
 
 
 def _sync(path: Path) -> None:
