@@ -7,6 +7,7 @@ upper bound of what a program gets. That of this machine's RAM is measured: one 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 import sys
@@ -115,8 +116,13 @@ def multiplies_bf16(device: Device) -> bool:
     """Whether products of bf16 numbers are instructions of the device: they take half of float32's time or less."""
     if not on_cpu(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    can = torch.cpu.get_capabilities()
-    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+    return has_tiles() or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether the CPU multiplies bf16 by AMX, tile by tile: in a fifth of float32's time or less."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def multiply_at_full_width() -> None:

@@ -56,7 +56,8 @@ def test_what_is_not_causal_alone_is_left_to_transformers():
     )
 
 
-def test_scores_are_float32_where_values_are_bf16():
+def test_scores_are_float32_where_values_are_bf16(monkeypatch):
+    monkeypatch.setattr("quantkit.attention.has_tiles", lambda: False)
     g = torch.Generator().manual_seed(0)
     query, key = (20 * torch.randn(1, 2, 130, 16, generator=g) for _ in range(2))  # in bf16 scores would be off by 4
     value = torch.randn(1, 2, 130, 16, generator=g)
@@ -65,6 +66,18 @@ def test_scores_are_float32_where_values_are_bf16():
         out, _ = causal_in_steps(attention(1), query, key, value.bfloat16(), None)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double(), exact, atol=0.02, rtol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_is_asked_for_bf16_where_it_has_tiles(dtype: torch.dtype, monkeypatch):
+    monkeypatch.setattr("quantkit.attention.has_tiles", lambda: True)
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 2, 130, 16, generator=g).to(dtype) for _ in range(3)]
+    with mock.patch("quantkit.attention._attended", wraps=_attended) as asked:
+        out, _ = causal_in_steps(attention(1), *inputs, None)
+    assert asked.called == (dtype == torch.float32)
+    if not asked.called:
+        assert torch.equal(out, sdpa_attention_forward(attention(1), *inputs, None)[0])
 
 
 def test_a_network_on_a_cpu_attends_in_steps(tmp_path):
