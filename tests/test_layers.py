@@ -25,7 +25,7 @@ ALLOWED = {
     "overlap": {"corpus"},
     "solvers": {"codecs", "stats"},
     "model": {"arch", "chat", "codecs", "files"},
-    "attention": set(),
+    "attention": {"hardware"},
     "forward": {"attention", "codecs", "model", "hardware", "stats"},
     "activations": {"model", "stats"},
     "evaluate": {"forward"},
