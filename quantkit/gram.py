@@ -11,6 +11,7 @@ from __future__ import annotations
 from quantkit.later import Tensor, on_cpu, torch
 
 FEW = 256  # rows; a batch of more than came before it is taken in halves, down to these
+AT_ONCE = 1024  # rows; with AMX 2048, of which columns lie 4096 bytes apart once turned, take half as long again
 PANEL = 256  # rows of a sum, about: small beside the widths of models, large enough for full matmul speed
 
 
@@ -38,8 +39,10 @@ def _add(into: Tensor, y: Tensor, x: Tensor, before: int) -> None:
     elif not on_cpu(x.device):
         into.add_(torch.mm(y.T, x, out_dtype=torch.float32))
     elif before >= len(x) > 0:
-        mean = (into * (len(x) / before)).bfloat16()
-        into.add_(torch.addmm(mean, y.T, x, beta=-1)).add_(mean)
+        mean = (into * (AT_ONCE / before)).bfloat16()
+        for rows, others in zip(y.split(AT_ONCE), x.split(AT_ONCE), strict=True):
+            into.add_(torch.addmm(mean, rows.T, others, beta=-len(rows) / AT_ONCE))
+        into.add_(mean, alpha=len(x) / AT_ONCE)
     elif len(x) <= FEW:
         into.addmm_(y.T.float(), x.float())
     else:

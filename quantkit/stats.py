@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from quantkit.codecs.recode import EVERY
-from quantkit.codecs.sharing import slabs
 from quantkit.gram import add_gram, add_product, panels
-from quantkit.later import Tensor, torch
+from quantkit.later import Tensor, on_cpu, torch
 
+IN_CACHE = 1 << 17  # numbers that stay in a core's cache for all that is done to them
 MANY = 256  # rows of a matrix that is not told of whole
 
 
@@ -44,20 +44,21 @@ class Stats:
 
         The sums grow in place: the old record must not be used again.
         """
-        x = x.reshape(-1, x.shape[-1]).float()
+        x = x.reshape(-1, x.shape[-1])
         kind = torch.bfloat16 if self.mixed else torch.float32
         factor, drift, y = x.to(kind), self.drift, self.wanted
         if source is not None:
             drift = torch.zeros_like(self.upper) if drift is None else drift
-            add_product(drift, (source.reshape(x.shape).float() - x).to(kind), factor, self.rows)
+            add_product(drift, (source.reshape(x.shape).float() - x.float()).to(kind), factor, self.rows)
         if wanted is not None:
             y = self.upper.new_zeros(wanted.shape[-1], x.shape[-1]) if y is None else y
             add_product(y, wanted.reshape(len(x), -1).to(kind), factor, self.rows)
         squares = self.upper.diagonal().clone()
         add_gram(self.upper, factor, self.rows)
-        for part in slabs(len(x), x.shape[-1], x.device):  # each stays in a cache for both sums
-            squares.add_(x[part].square().sum(0))
-            self.absum.add_(x[part].abs().sum(0))
+        for part in x.split(max(1, IN_CACHE // x.shape[-1]) if on_cpu(x.device) else len(x)):
+            numbers = part.float()
+            squares.add_(numbers.square().sum(0))
+            self.absum.add_(numbers.abs().sum(0))
         self.upper.diagonal().copy_(squares)
         return replace(self, rows=self.rows + len(x), drift=drift, wanted=y)
 
