@@ -39,10 +39,10 @@ def _add(into: Tensor, y: Tensor, x: Tensor, before: int) -> None:
     elif not on_cpu(x.device):
         into.add_(torch.mm(y.T, x, out_dtype=torch.float32))
     elif before >= len(x) > 0:
-        mean = (into * (AT_ONCE / before)).bfloat16()
+        so_far = into.bfloat16()
         for rows, others in zip(y.split(AT_ONCE), x.split(AT_ONCE), strict=True):
-            into.add_(torch.addmm(mean, rows.T, others, beta=-len(rows) / AT_ONCE))
-        into.add_(mean, alpha=len(x) / AT_ONCE)
+            into.add_(torch.addmm(so_far, rows.T, others, beta=-len(rows) / before))
+        into.add_(so_far, alpha=len(x) / before)
     elif len(x) <= FEW:
         into.addmm_(y.T.float(), x.float())
     else:
