@@ -26,6 +26,7 @@ Share = Callable[[Callable[[slice], Any], int], list[Any]]  # what work makes of
 
 SLAB = 1 << 20  # weights: with fewer, threads wait for the interpreter's lock, or to be woken, between short steps
 SLAB_ELSEWHERE = 1 << 24
+LEAST = 1 << 18  # weights that are worth a second thread
 PARTS = 2  # of what `in_two` shares out
 NICE = 10  # how far threads that come last step back: but not behind other programs
 
@@ -42,9 +43,9 @@ def thread_count() -> int:
 
 def slabs(rows: int, width: int, device: Device = "cpu", first: int = 0) -> list[slice]:
     """Slices of whole rows that make up `rows` rows from `first` on; on the CPU as many for each thread, or one."""
-    most, threads = (SLAB, thread_count()) if on_cpu(device) else (SLAB_ELSEWHERE, 1)
+    most, least, threads = (SLAB, LEAST, thread_count()) if on_cpu(device) else (SLAB_ELSEWHERE, SLAB_ELSEWHERE, 1)
     count = max(1, -(-rows * width // most))
-    if count > 1:
+    if rows * width > least:
         count = -(-count // threads) * threads
     step, end = max(1, -(-rows // count)), first + rows
     return [slice(at, min(end, at + step)) for at in range(first, end, step)]
