@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from quantkit.later import Tensor, nn
 from quantkit.model import Model
-from quantkit.stats import Stats
+from quantkit.stats import Squares, Stats
+
+S = TypeVar("S", Stats, Squares)
 
 
 @contextmanager
-def watching(block: nn.Module, readers: Mapping[str, str], zeros: Callable[[int], Stats]) -> Iterator[dict[str, Stats]]:
-    """Collect `Stats` while a block runs: activation name -> statistics of what the module `readers[name]` is fed.
+def watching(block: nn.Module, readers: Mapping[str, str], zeros: Callable[[int], S]) -> Iterator[dict[str, S]]:
+    """Collect statistics while a block runs: activation name -> those of what the module `readers[name]` is fed.
 
     `zeros` gives those of so many columns of which nothing was seen yet.
     """
-    stats: dict[str, Stats] = {}
+    stats: dict[str, S] = {}
 
     def watch(name: str, path: str) -> Any:
         module, parameter = reader(block, path)

@@ -138,7 +138,7 @@ def _solve(
                 p.resumed = p.journal.resume()
     shared = any(p.output.calibrated and (p.output.scaled or not p.output.behind) for p in products)
     weighted = any(p.output.weighted for p in products)
-    for step in walk(model, net, states, device, shared, bool(rows), exact=weighted):
+    for step in walk(model, net, states, device, Stats if shared else None, bool(rows), exact=weighted):
         others = [p for p in products if p.output.target not in rows]
         yield from each(others, Piece(model, step.refs, step.weights, step.stats, device))
         for p in products:

@@ -6,19 +6,20 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from quantkit.activations import readers, watching
+from quantkit.activations import S
 from quantkit.files.imatrix import Imatrix
-from quantkit.forward import Network, embed, run
+from quantkit.forward import Network, embed
 from quantkit.later import Tensor, no_grad
 from quantkit.model import Model
-from quantkit.stats import Stats
+from quantkit.stats import Squares
+from quantkit.walk import walk
 
 Sums = dict[tuple[int, str], tuple[Tensor, int]]  # by block and activation: sums of squares (in,), and rows
 
 
-def squares(layer: int, stats: Mapping[str, Stats]) -> Sums:
+def squares(layer: int, stats: Mapping[str, S]) -> Sums:
     """What an importance matrix keeps of the statistics of a block."""
-    return {(layer, name): (s.upper.diagonal().cpu().clone(), s.rows) for name, s in stats.items()}
+    return {(layer, name): (s.squares.cpu().clone(), s.rows) for name, s in stats.items()}
 
 
 def imatrix_of(model: Model, sums: Mapping[tuple[int, str], tuple[Tensor, int]], text: str, rows: Tensor) -> Imatrix:
@@ -35,11 +36,8 @@ def imatrix_of(model: Model, sums: Mapping[tuple[int, str], tuple[Tensor, int]],
 @no_grad
 def measure(net: Network, ids: Tensor, text: str) -> Iterator[int | Imatrix]:
     """Run token `ids` (n, seqlen) of `text` through the model: yields each block's number, then the `Imatrix`."""
-    states = embed(net, ids)
-    sums: Sums = {}
-    for layer in range(net.model.layers):
-        with net.block(layer) as block, watching(block, readers(net.model), net.statistics) as stats:
-            run(states, layer, block, net.device)
-        sums |= squares(layer, stats)
-        yield layer
+    states, sums = embed(net, ids), Sums()
+    for step in walk(net.model, net, states, net.device, Squares, behind=False):
+        sums |= squares(step.layer, step.stats)
+        yield step.layer
     yield imatrix_of(net.model, sums, text, ids)

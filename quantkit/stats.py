@@ -1,17 +1,18 @@
 """`Stats`: what calibration learned about one activation.
 
 One accumulator serves every solver: the GPTQ Hessian, llama.cpp's importance matrix (its diagonal) and AWQ's activation
-scale are all read off it, and shards merge by addition.
+scale are all read off it, and shards merge by addition. Where importance is all that is asked for, `Squares` do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from quantkit.codecs.recode import EVERY
 from quantkit.gram import add_gram, add_product, panels
-from quantkit.later import Tensor, on_cpu, torch
+from quantkit.later import Device, Tensor, on_cpu, torch
 
 IN_CACHE = 1 << 17  # numbers that stay in a core's cache for all that is done to them
 MANY = 256  # rows of a matrix that is not told of whole
@@ -34,8 +35,13 @@ class Stats:
     wanted: Tensor | None = None
     mixed: bool = False
 
+    @staticmethod
+    def nbytes(widths: Sequence[int]) -> int:
+        """What those of activations so wide take, of the source's own."""
+        return 4 * sum(k * k for k in widths)
+
     @classmethod
-    def zeros(cls, width: int, device: torch.device | str = "cpu", mixed: bool = False) -> Stats:
+    def zeros(cls, width: int, device: Device = "cpu", mixed: bool = False) -> Stats:
         """Nothing seen yet."""
         return cls(torch.zeros(width, width, device=device), torch.zeros(width, device=device), mixed=mixed)
 
@@ -55,10 +61,9 @@ class Stats:
             add_product(y, wanted.reshape(len(x), -1).to(kind), factor, self.rows)
         squares = self.upper.diagonal().clone()
         add_gram(self.upper, factor, self.rows)
-        for part in x.split(max(1, IN_CACHE // x.shape[-1]) if on_cpu(x.device) else len(x)):
-            numbers = part.float()
-            squares.add_(numbers.square().sum(0))
-            self.absum.add_(numbers.abs().sum(0))
+        for part in _floats(x):
+            squares.add_(part.square().sum(0))
+            self.absum.add_(part.abs().sum(0))
         self.upper.diagonal().copy_(squares)
         return replace(self, rows=self.rows + len(x), drift=drift, wanted=y)
 
@@ -93,14 +98,54 @@ class Stats:
         return self.upper
 
     @property
+    def squares(self) -> Tensor:
+        """Sum of x^2 per column, (K,)."""
+        return self.upper.diagonal()
+
+    @property
     def importance(self) -> Tensor:
         """Mean of x^2 per column, (K,): llama.cpp's importance matrix; without rows all columns count alike."""
-        return self.upper.diagonal() / self.rows if self.rows else torch.ones_like(self.absum)
+        return self.squares / self.rows if self.rows else torch.ones_like(self.absum)
 
     @property
     def act_scale(self) -> Tensor:
         """Mean of |x| per column, (K,): AWQ's activation scale."""
         return self.absum / self.rows
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Of `rows` activation rows x of width K the sum of x^2 alone, `squares` (K,) float32."""
+
+    squares: Tensor
+    rows: int = 0
+
+    @staticmethod
+    def nbytes(widths: Sequence[int]) -> int:
+        """What those of activations so wide take."""
+        return 4 * sum(widths)
+
+    @classmethod
+    def zeros(cls, width: int, device: Device = "cpu", mixed: bool = False) -> Squares:
+        """Nothing seen yet; `mixed` says nothing here, where nothing is multiplied."""
+        return cls(torch.zeros(width, device=device))
+
+    def add(self, x: Tensor) -> Squares:
+        """With the rows of x (..., K) added; the sum grows in place: the old record must not be used again."""
+        x = x.reshape(-1, x.shape[-1])
+        for part in _floats(x):
+            self.squares.add_(part.square().sum(0))
+        return replace(self, rows=self.rows + len(x))
+
+    def merge(self, other: Squares) -> Squares:
+        """Those of both sets of rows."""
+        return Squares(self.squares + other.squares, self.rows + other.rows)
+
+
+def _floats(x: Tensor) -> Iterator[Tensor]:
+    """The rows of x (n, K) as float32, on a CPU as many at a time as stay in a cache."""
+    for part in x.split(max(1, IN_CACHE // x.shape[-1]) if on_cpu(x.device) else len(x)):
+        yield part.float()
 
 
 def told(rows: int) -> slice:

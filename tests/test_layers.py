@@ -39,7 +39,7 @@ ALLOWED = {
     "prefix": {"activations", "codecs", "forward", "model", "solvers", "stats"},
     "targets": {"model", "arch", "codecs", "files", "solvers", "stats"},
     "recipe": {"hardware", "resources", "codecs", "targets"},
-    "importance": {"activations", "files", "forward", "model", "stats", "targets"},
+    "importance": {"activations", "files", "forward", "model", "stats", "targets", "walk"},
     "plan": {"activations", "codecs", "targets", "model", "recipe", "evaluate", "forward", "prefix", "solvers"}
     | {"sensitivity"},
     "journal": {"cache", "files", "model", "targets"},

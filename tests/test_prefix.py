@@ -16,6 +16,7 @@ from quantkit.codecs.sharing import all_at_once
 from quantkit.forward import embed, network, run
 from quantkit.model import open_model
 from quantkit.prefix import Inputs, Kept, prefix
+from quantkit.stats import Stats
 from quantkit.walk import walk
 
 CPU = torch.device("cpu")
@@ -114,7 +115,7 @@ def test_no_part_of_a_block_is_run_twice(tmp_path, family):
     model = open_model(tmp_path)
     net = network(model, CPU, batch_tokens=100)  # three batches of two rows
     ids = torch.randint(2, 300, (6, 48), generator=torch.Generator().manual_seed(3))
-    step = next(walk(model, net, embed(net, ids), CPU, shared=False, behind=True))
+    step = next(walk(model, net, embed(net, ids), CPU, kind=None, behind=True))
     inputs = Inputs(net, step.layer, step.before, prefix(step.before), step.weights, step.kept)
     calls: Counter[str] = Counter()
     for name, module in net.base.layers[0].named_modules():
@@ -139,7 +140,7 @@ def test_sums_and_states_are_the_same_to_the_bit_by_one_thread_and_by_two(tmp_pa
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            step = next(walk(model, net, embed(net, ids), CPU, shared=False, behind=True))
+            step = next(walk(model, net, embed(net, ids), CPU, kind=None, behind=True))
             inputs = Inputs(net, step.layer, step.before, prefix(step.before), step.weights, step.kept)
             stats = [inputs[activation] for activation in inputs]
             inputs.advance()
@@ -164,7 +165,7 @@ def test_batches_that_are_shared_out_leave_what_they_leave_one_after_another(tmp
     for share in (all_at_once, in_threads):
         monkeypatch.setattr("quantkit.walk.in_two", lambda last, share=share: share)
         states = embed(net, ids)
-        steps = walk(model, net, states, CPU, shared=False, behind=True)
+        steps = walk(model, net, states, CPU, kind=None, behind=True)
         made.append((states, [(step.kept.ends, deepcopy(dict(step.kept.by_path))) for step in steps]))
     (states, alone), (states_shared, together) = made
     assert torch.equal(states.hidden, states_shared.hidden)
@@ -182,7 +183,7 @@ def test_what_is_kept_of_a_block_lies_where_the_last_but_ones_lay(tmp_path):
     model = open_model(tmp_path)
     net = network(model, CPU, batch_tokens=100)
     states = embed(net, torch.randint(2, 300, (5, 48), generator=torch.Generator().manual_seed(4)))
-    kept = [step.kept.by_path for step in walk(model, net, states, CPU, shared=False, behind=True)]
+    kept = [step.kept.by_path for step in walk(model, net, states, CPU, kind=None, behind=True)]
     places = [{(path, i): x.data_ptr() for path, xs in by_path.items() for i, x in xs.items()} for by_path in kept]
     assert len(places) == 3 and len(places[0]) == 12
     assert places[2] == places[0] and not set(places[1].values()) & set(places[0].values())
@@ -197,7 +198,7 @@ def test_bf16_products_serve_all_but_importance(tmp_path):
     found = []
     mixed = replace(plain, mixed=True)
     for net, exact in ((plain, True), (mixed, True), (mixed, False)):
-        step = next(walk(model, net, embed(net, ids), CPU, shared=True, behind=True, exact=exact))
+        step = next(walk(model, net, embed(net, ids), CPU, kind=Stats, behind=True, exact=exact))
         inputs = Inputs(net, step.layer, step.before, prefix(step.before), step.weights, step.kept)
         found.append((step.stats, {name: inputs[name].gram for name in readers(model)}))
     (source, behind), (source_mixed, behind_mixed), (fast, _) = found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quantkit.stats import Stats
+from quantkit.stats import Squares, Stats
 
 
 def test_mixed_sums_lose_a_share_of_what_batches_differ_by():
@@ -37,3 +37,17 @@ def test_batches_with_too_little_before_them_are_multiplied_as_float32():
     whole.gram.diagonal().copy_(mixed.gram.diagonal())  # squares are of what was not rounded
     assert torch.equal(whole.gram, mixed.gram) and mixed.rows == 203
     assert not torch.equal(whole.add(batches[2]).gram, mixed.add(batches[2]).gram)
+
+
+def test_squares_alone_are_those_of_statistics():
+    g = torch.Generator().manual_seed(0)
+    batches = torch.randn(4, 2, 50, 40, generator=g)
+    kinds = Stats.zeros(40), Squares.zeros(40), Squares.zeros(40)
+    whole, alone, half = kinds
+    for i, x in enumerate(batches):
+        whole, alone = whole.add(x), alone.add(x)
+        half = half.add(x) if i < 2 else half
+    rest = Squares.zeros(40).add(batches[2]).add(batches[3])
+    assert torch.equal(alone.squares, whole.squares) and alone.rows == whole.rows == 400
+    torch.testing.assert_close(half.merge(rest).squares, alone.squares)
+    assert half.merge(rest).rows == 400
