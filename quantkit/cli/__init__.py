@@ -59,7 +59,8 @@ class Interrupted(BaseException):
 
 def main() -> None:
     """Run the command line: every foreseen error is one line on stderr and an exit status of its own."""
-    gc.set_threshold(*gc.get_threshold()[:2], 100)  # what imports make stays: to search it all takes a sixth of theirs
+    # What imports make stays: to search all of it for garbage time and again takes a sixth of their time.
+    gc.set_threshold(*gc.get_threshold()[:2], 100)
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last is not everywhere; one that is ignored stays so
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:
