@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.codecs import decode, encode, in_bytes, in_floats, lookup, read_through, recode, sharing
+from quantkit.codecs import cpu, decode, encode, in_bytes, in_floats, lookup, read_through, recode, sharing
 from quantkit.errors import BadInput
 
 ROWS, WIDTH = 24, 512
@@ -29,6 +29,14 @@ def test_bytes_are_those_of_two_steps(source, kind, monkeypatch):
     monkeypatch.undo()
     _, loss = recode(kind, in_bytes(source, stored.numpy()), ROWS, WIDTH)
     assert loss == pytest.approx(share_lost(kind, expected, floats, every=1), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["IQ4_NL", "IQ4_XS"])
+def test_what_numpy_encodes_in_pieces_is_what_it_encodes_whole(kind, monkeypatch):
+    importance = np.random.default_rng(1).random(WIDTH, np.float32)
+    whole = cpu.encode(lookup(kind), normal(), importance)
+    monkeypatch.setattr(cpu, "IN_CACHE", 5 * WIDTH)
+    assert np.array_equal(cpu.encode(lookup(kind), normal(), importance), whole)
 
 
 def share_lost(kind: str, raw: torch.Tensor, floats: torch.Tensor, every: int) -> float:

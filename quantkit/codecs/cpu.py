@@ -9,6 +9,8 @@ from quantkit.codecs.codec import Bytes, Codec, Floats
 from quantkit.codecs.iquants_numpy import ENCODERS
 from quantkit.codecs.sharing import share_out, slabs
 
+IN_CACHE = 1 << 18  # weights: each of numpy's many steps makes an array of so many, and the next one reads it
+
 
 def encode(codec: Codec, weight: Floats, importance: Floats | None, out: Bytes | None = None) -> Bytes:
     """Weight (rows, width) and importance (width,), both finite float32 -> (rows, row_bytes) uint8, in `out` if given.
@@ -20,5 +22,12 @@ def encode(codec: Codec, weight: Floats, importance: Floats | None, out: Bytes |
         return ggml.encode(codec, weight, importance, out)
     rows, width = weight.shape
     made = np.empty((rows, codec.row_bytes(width)), np.uint8) if out is None else out
-    share_out(lambda part: by_numpy(weight[part], importance, made[part]), slabs(rows, width))
+    step = max(1, IN_CACHE // width)
+
+    def work(part: slice) -> None:
+        for start in range(part.start, part.stop, step):
+            some = slice(start, min(part.stop, start + step))
+            by_numpy(weight[some], importance, made[some])
+
+    share_out(work, slabs(rows, width))
     return made
