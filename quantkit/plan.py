@@ -22,6 +22,7 @@ from quantkit.model import Model
 from quantkit.prefix import KEPT_BYTES, second_sums
 from quantkit.recipe import Recipe, target_bytes
 from quantkit.solvers.learned import HELD_OUT, ITERATIONS, ROWS
+from quantkit.stats import Stats
 from quantkit.targets import Calibration, Output, plan_output
 from quantkit.targets.folder import linear
 
@@ -196,7 +197,7 @@ def _working_bytes(model: Model, recipe: Recipe, outputs: tuple[Output, ...], ba
     if any(o.calibrated for o in outputs):
         below, scaled = any(o.behind for o in outputs), any(o.scaled for o in outputs)
         own = scaled or any(o.reordered for o in outputs)  # statistics of other columns than the block has
-        grams = 4 * sum(k * k for k in widths(model))
+        grams = Stats.nbytes(widths(model))
         shared = scaled or any(o.calibrated and not o.behind for o in outputs)
         inside = sum(4 * n * k if stream else 4 * k * k for n, k, stream in _readers(model))
         statistics = grams * (below + shared) + (inside if below else 0)

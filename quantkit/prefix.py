@@ -112,7 +112,7 @@ def prefix(states: States) -> States:
 
 def second_sums(model: Model) -> int:
     """Bytes of a second thread's two sums over the widest activation; 0 where there is no room for them."""
-    nbytes = 2 * 4 * max(widths(model)) ** 2
+    nbytes = 2 * Stats.nbytes([max(widths(model))])
     return nbytes if 2 * nbytes <= KEPT_BYTES else 0
 
 

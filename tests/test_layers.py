@@ -41,7 +41,7 @@ ALLOWED = {
     "recipe": {"hardware", "resources", "codecs", "targets"},
     "importance": {"activations", "files", "forward", "model", "stats", "targets", "walk"},
     "plan": {"activations", "codecs", "targets", "model", "recipe", "evaluate", "forward", "prefix", "solvers"}
-    | {"sensitivity"},
+    | {"sensitivity", "stats"},
     "journal": {"cache", "files", "model", "targets"},
     "verify": {"targets", "model", "codecs", "files"},
     "walk": {"activations", "codecs", "forward", "model", "prefix", "stats", "targets"},
